@@ -1,0 +1,466 @@
+//! An event: something that a visitor did, as it was accepted at a door.
+//!
+//! A door reads its own vocabulary (JSON, protobuf) into a [`Draft`]; [`Event::accept`] checks and derives, once. An [`Event`] is
+//! valid from then on and travels as it is: through a queue, into a batch, into a dead letter. Only what cannot be an event
+//! is refused (no URL, no session id); everything else is cleaned, clamped or kept in `metadata`.
+
+use chrono::{DateTime, Days, SubsecRound, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::client::{Device, Geo, TruncatedIp};
+use super::id::{EventId, SessionId, SiteId};
+use super::month::Month;
+use super::page::Page;
+use super::refusal::Refusal;
+use super::signal::{Signal, SignalSet};
+use super::text::{self, MAX_LABEL, MAX_REFERRER, MAX_SHORT, MAX_URL, clean, clean_some};
+use super::traffic::{Traffic, is_google_search_host};
+
+/// Ad networks' click ids.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClickIds {
+    pub gclid: Option<String>,
+    pub wbraid: Option<String>,
+    pub gbraid: Option<String>,
+    pub gclsrc: Option<String>,
+    pub dclid: Option<String>,
+    pub fbclid: Option<String>,
+    pub ttclid: Option<String>,
+    pub msclkid: Option<String>,
+}
+
+impl ClickIds {
+    /// The click ids in a page's address.
+    pub fn of(page: &Page) -> Self {
+        Self::from_lookup(|key| page.parameter(key).map(str::to_owned))
+    }
+
+    fn from_lookup(find: impl Fn(&str) -> Option<String>) -> Self {
+        Self {
+            gclid: find("gclid"),
+            wbraid: find("wbraid"),
+            gbraid: find("gbraid"),
+            gclsrc: find("gclsrc"),
+            dclid: find("dclid"),
+            fbclid: find("fbclid"),
+            ttclid: find("ttclid"),
+            msclkid: find("msclkid"),
+        }
+    }
+
+    fn or(self, other: Self) -> Self {
+        Self {
+            gclid: self.gclid.or(other.gclid),
+            wbraid: self.wbraid.or(other.wbraid),
+            gbraid: self.gbraid.or(other.gbraid),
+            gclsrc: self.gclsrc.or(other.gclsrc),
+            dclid: self.dclid.or(other.dclid),
+            fbclid: self.fbclid.or(other.fbclid),
+            ttclid: self.ttclid.or(other.ttclid),
+            msclkid: self.msclkid.or(other.msclkid),
+        }
+    }
+}
+
+/// Campaign parameters of the address: UTM, and Google's ValueTrack.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Campaign {
+    pub utm_source: Option<String>,
+    pub utm_medium: Option<String>,
+    pub utm_campaign: Option<String>,
+    pub utm_term: Option<String>,
+    pub utm_content: Option<String>,
+    pub matchtype: Option<String>,
+    pub device: Option<String>,
+    pub network: Option<String>,
+    pub placement: Option<String>,
+}
+
+impl Campaign {
+    pub fn of(page: &Page) -> Self {
+        let find = |key| page.parameter(key).map(str::to_owned);
+        Self {
+            utm_source: find("utm_source"),
+            utm_medium: find("utm_medium"),
+            utm_campaign: find("utm_campaign"),
+            utm_term: find("utm_term"),
+            utm_content: find("utm_content"),
+            matchtype: find("matchtype"),
+            device: find("device"),
+            network: find("network"),
+            placement: find("placement"),
+        }
+    }
+
+    pub fn has_utm(&self) -> bool {
+        [&self.utm_source, &self.utm_medium, &self.utm_campaign, &self.utm_term, &self.utm_content]
+            .iter()
+            .any(|field| field.is_some())
+    }
+}
+
+/// Running measurements of the visit; a session keeps the maximum of each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Gauges {
+    /// Seconds since the session began.
+    pub duration_sec: Option<i32>,
+    /// Deepest scroll, 0–100.
+    pub scroll_pct: Option<i32>,
+    /// Times the pointer rested on a call to action.
+    pub cta_hovers: Option<i32>,
+    /// Seconds with focus.
+    pub focus_dur: Option<i32>,
+    /// Seconds with activity.
+    pub active_sec: Option<i32>,
+}
+
+impl Gauges {
+    fn of(meta: &Map<String, Value>) -> Self {
+        let gauge = |key: &str, max: f64| {
+            let number = text::number(meta.get(key)?)?;
+            // A cast from a float saturates; the clamp keeps it inside the gauge's own range first.
+            #[allow(clippy::cast_possible_truncation)]
+            Some(number.clamp(0.0, max).round() as i32)
+        };
+        Self {
+            duration_sec: gauge("duration_sec", 1e9),
+            scroll_pct: gauge("scroll_pct", 100.0),
+            cta_hovers: gauge("cta_hovers", 1e9),
+            focus_dur: gauge("focus_dur", 1e9),
+            active_sec: gauge("active_sec", 1e9),
+        }
+    }
+
+    /// The maximum of each.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            duration_sec: self.duration_sec.max(other.duration_sec),
+            scroll_pct: self.scroll_pct.max(other.scroll_pct),
+            cta_hovers: self.cta_hovers.max(other.cta_hovers),
+            focus_dur: self.focus_dur.max(other.focus_dur),
+            active_sec: self.active_sec.max(other.active_sec),
+        }
+    }
+}
+
+/// When and from where an event came in: taken once, at the edge, and carried along from there.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    pub received_at: DateTime<Utc>,
+    pub ip: Option<TruncatedIp>,
+    pub device: Option<Device>,
+    /// What the edge's headers say of the place; the event's own `meta` comes first.
+    pub geo: Geo,
+}
+
+impl Arrival {
+    /// An arrival of which nothing but the time is known.
+    pub fn at(received_at: DateTime<Utc>) -> Self {
+        Self { received_at, ip: None, device: None, geo: Geo::default() }
+    }
+}
+
+/// What a door calls the fields that can be refused.
+#[derive(Debug, Clone, Copy)]
+pub struct FieldNames {
+    pub url: &'static str,
+    pub session: &'static str,
+}
+
+/// An event as a door has read it: nothing is checked yet.
+#[derive(Debug, Clone, Default)]
+pub struct Draft {
+    pub id: Option<String>,
+    pub url: Option<String>,
+    pub session: Option<String>,
+    pub month_hint: Option<String>,
+    pub category: Option<String>,
+    pub action: Option<String>,
+    pub label: Option<String>,
+    pub value: Option<f64>,
+    pub referrer: Option<String>,
+    /// The client's clock, milliseconds since 1970; used for order only.
+    pub client_time_ms: Option<f64>,
+    /// `meta`, and whatever else the door found and did not know.
+    pub meta: Map<String, Value>,
+}
+
+/// An accepted event.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    pub id: EventId,
+    pub site_id: SiteId,
+    pub session_id: SessionId,
+    /// The tracker's hint of the session's month; see [`Month::for_new_session`].
+    pub month_hint: Option<Month>,
+    /// Arrival at the edge, in whole microseconds as PostgreSQL keeps them.
+    pub received_at: DateTime<Utc>,
+    /// The client's time, clamped to the 24 hours before the arrival.
+    pub occurred_at: DateTime<Utc>,
+    pub url: String,
+    pub referrer: Option<String>,
+    pub category: String,
+    pub action: String,
+    pub label: Option<String>,
+    pub value: Option<f64>,
+    pub fingerprint: Option<String>,
+    pub click_ids: ClickIds,
+    pub campaign: Campaign,
+    pub traffic: Traffic,
+    pub exit_page: String,
+    pub language: Option<String>,
+    pub gauges: Gauges,
+    pub signals: SignalSet,
+    pub device: Option<Device>,
+    pub geo: Geo,
+    pub ip: Option<TruncatedIp>,
+    pub metadata: Map<String, Value>,
+}
+
+/// Actions that are a call or a WhatsApp message, under any category.
+const CONVERSION_ACTIONS: [&str; 10] = [
+    "phone_call",
+    "call",
+    "call_click",
+    "phone_click",
+    "phone",
+    "tel_click",
+    "click_to_call",
+    "whatsapp",
+    "whatsapp_click",
+    "whatsapp_message",
+];
+
+impl Event {
+    /// Checks a draft and derives everything that the event itself can tell.
+    pub fn accept(site: SiteId, draft: Draft, arrival: &Arrival, names: FieldNames) -> Result<Self, Refusal> {
+        let full_url = draft.url.as_deref().map(str::trim).filter(|url| !url.is_empty());
+        let full_url = full_url.ok_or_else(|| Refusal::missing(names.url, "the page's URL"))?;
+        let url =
+            clean_some(full_url, MAX_URL).ok_or_else(|| Refusal::invalid(names.url, "it has no visible character"))?;
+        let session = draft.session.as_deref().and_then(|id| clean_some(id, MAX_LABEL));
+        let session = session.ok_or_else(|| Refusal::missing(names.session, "the session's id"))?;
+
+        let received_at = arrival.received_at.trunc_subsecs(6);
+        let id = match draft.id.as_deref().and_then(|id| clean_some(id, MAX_LABEL)) {
+            Some(id) => EventId::from_text(site, &id),
+            None => EventId::derived(site, &draft.content(), received_at),
+        };
+        let meta = text::clean_map(draft.meta);
+        let short = |key: &str| meta.get(key).and_then(text::scalar).and_then(|text| clean_some(&text, MAX_SHORT));
+
+        let page = Page::read(full_url);
+        let referrer_page = draft.referrer.as_deref().map(Page::read);
+        let referrer_host = referrer_page.as_ref().and_then(Page::host);
+        let click_ids = ClickIds::of(&page).or(ClickIds::from_lookup(short));
+        let campaign = Campaign::of(&page);
+        let traffic = Traffic::of(&click_ids, &campaign, page.host(), referrer_host);
+        let gauges = Gauges::of(&meta);
+        let category = draft.category.as_deref().and_then(|c| clean_some(c, MAX_SHORT));
+        let action = draft.action.as_deref().and_then(|a| clean_some(a, MAX_SHORT));
+        let label = draft.label.as_deref().and_then(|l| clean_some(l, MAX_LABEL));
+        let unknown = || "unknown".to_owned();
+
+        let mut event = Self {
+            id,
+            site_id: site,
+            session_id: SessionId::from_text(site, &session),
+            month_hint: draft.month_hint.and_then(|hint| hint.parse().ok()),
+            received_at,
+            occurred_at: occurred_at(draft.client_time_ms, received_at),
+            referrer: draft.referrer.as_deref().and_then(|referrer| clean_some(referrer, MAX_REFERRER)),
+            category: category.unwrap_or_else(unknown),
+            action: action.unwrap_or_else(unknown),
+            label,
+            value: draft.value.filter(|value| value.is_finite()),
+            fingerprint: short("fp"),
+            click_ids,
+            campaign,
+            traffic,
+            exit_page: meta
+                .get("exit_page")
+                .and_then(text::scalar)
+                .and_then(|page| clean_some(&page, MAX_URL))
+                .unwrap_or_else(|| url.clone()),
+            language: short("lan"),
+            gauges,
+            signals: SignalSet::EMPTY,
+            device: arrival.device.clone(),
+            geo: Geo {
+                city: short("city"),
+                district: short("district"),
+                country: short("country"),
+                timezone: short("timezone"),
+            }
+            .or(&arrival.geo),
+            ip: arrival.ip.clone(),
+            metadata: meta,
+            url,
+        };
+        event.signals = event.own_signals(referrer_host);
+        Ok(event)
+    }
+
+    fn own_signals(&self, referrer_host: Option<&str>) -> SignalSet {
+        let (category, action) = (self.category.to_ascii_lowercase(), self.action.to_ascii_lowercase());
+        let labelled_depth = || self.label.as_deref()?.trim().trim_end_matches('%').trim().parse::<f64>().ok();
+        let depth = match action.as_str() {
+            "scroll_depth" => self.value.or_else(labelled_depth).unwrap_or(0.0),
+            _ => 0.0,
+        }
+        .max(f64::from(self.gauges.scroll_pct.unwrap_or(0)));
+        let raised = [
+            (Signal::PrimaryConversion, category == "conversion" || CONVERSION_ACTIONS.contains(&action.as_str())),
+            (Signal::Interaction, category == "interaction"),
+            (Signal::Scroll50, depth >= 50.0),
+            (Signal::Scroll90, depth >= 90.0),
+            (Signal::HoverIntent, action == "hover_intent" || self.gauges.cta_hovers.unwrap_or(0) >= 1),
+            (Signal::GoogleReferrer, referrer_host.is_some_and(is_google_search_host)),
+        ];
+        raised.into_iter().filter_map(|(signal, holds)| holds.then_some(signal)).collect()
+    }
+
+    /// The month in which it arrived.
+    pub fn arrival_month(&self) -> Month {
+        Month::of(self.received_at)
+    }
+
+    /// Roughly what it occupies in memory, bytes: what the waiting room counts.
+    pub fn weight(&self) -> usize {
+        fn of(value: &Value) -> usize {
+            24 + match value {
+                Value::String(text) => text.len(),
+                Value::Array(items) => items.iter().map(of).sum(),
+                Value::Object(map) => map.iter().map(|(key, value)| 48 + key.len() + of(value)).sum(),
+                _ => 8,
+            }
+        }
+        let texts = self.url.len() + self.exit_page.len() + self.referrer.as_ref().map_or(0, String::len);
+        1536 + texts + self.metadata.iter().map(|(key, value)| 48 + key.len() + of(value)).sum::<usize>()
+    }
+}
+
+impl Draft {
+    /// What the event says, for the id of an event without one. Keys of a JSON object are ordered.
+    fn content(&self) -> String {
+        let Self { id: _, url, session, month_hint: _, category, action, label, value, referrer, client_time_ms, meta } =
+            self;
+        let fields = (url, session, category, action, label, value, referrer, client_time_ms, meta);
+        serde_json::to_string(&fields).unwrap_or_else(|_| format!("{fields:?}"))
+    }
+}
+
+fn occurred_at(client_time_ms: Option<f64>, received_at: DateTime<Utc>) -> DateTime<Utc> {
+    let earliest = received_at - Days::new(1);
+    #[allow(clippy::cast_possible_truncation)] // saturates, and the clamp below holds either way
+    let client = client_time_ms.filter(|ms| ms.is_finite()).and_then(|ms| DateTime::from_timestamp_millis(ms as i64));
+    client.map_or(received_at, |client| client.clamp(earliest, received_at))
+}
+
+/// A label for logs: category and action only, never what a visitor typed.
+impl std::fmt::Display for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{} {}", clean(&self.category, 32), clean(&self.action, 32), self.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use uuid::Uuid;
+
+    const NAMES: FieldNames = FieldNames { url: "u", session: "sid" };
+
+    fn site() -> SiteId {
+        SiteId::from_uuid(Uuid::from_u128(7))
+    }
+
+    fn arrival() -> Arrival {
+        Arrival::at(DateTime::from_timestamp(1_790_000_000, 123_456_789).unwrap_or_default())
+    }
+
+    fn draft(fill: impl FnOnce(&mut Draft)) -> Draft {
+        let mut draft =
+            Draft { url: Some("https://a.example/".into()), session: Some("s1".into()), ..Draft::default() };
+        fill(&mut draft);
+        draft
+    }
+
+    fn accept(fill: impl FnOnce(&mut Draft)) -> Event {
+        Event::accept(site(), draft(fill), &arrival(), NAMES).expect("the draft has all it needs")
+    }
+
+    fn meta(value: Value) -> Map<String, Value> {
+        value.as_object().cloned().unwrap_or_default()
+    }
+
+    #[test]
+    fn only_what_cannot_be_an_event_is_refused_and_the_field_is_named() {
+        for (fill, field) in [
+            ((|d| d.url = None) as fn(&mut Draft), "u"),
+            (|d| d.url = Some(" ".into()), "u"),
+            (|d| d.url = Some("\0".into()), "u"),
+            (|d| d.session = None, "sid"),
+            (|d| d.session = Some("\0".into()), "sid"),
+        ] {
+            let refused =
+                Event::accept(site(), draft(fill), &arrival(), NAMES).expect_err("a required field is missing");
+            assert_eq!(refused.field, field);
+            assert!(refused.to_string().contains(&format!("`{field}`")), "{refused}");
+        }
+    }
+
+    #[test]
+    fn oddities_are_survived() {
+        let event = accept(|d| {
+            d.url = Some(format!("HTTPS://A.example/{}?gclid=Z", "ü".repeat(4000)));
+            d.label = Some("x\0".repeat(5000));
+            d.month_hint = Some("never".into());
+            d.value = Some(f64::NAN);
+            d.client_time_ms = Some(f64::MAX);
+            d.meta = meta(
+                json!({"mem": 0.5, "fp\u{0}": 1, "fp": 42, "scroll_pct": "1e300", "duration_sec": -5, "city": ["x"]}),
+            );
+        });
+        assert!(event.url.len() <= MAX_URL && event.url.ends_with('ü'));
+        assert_eq!(event.click_ids.gclid.as_deref(), Some("Z"), "read before the URL was cut");
+        assert_eq!(event.label.as_deref().map(str::len), Some(MAX_LABEL));
+        assert_eq!((event.month_hint, event.value), (None, None));
+        assert_eq!(event.occurred_at, event.received_at, "a clock that runs ahead");
+        assert_eq!(event.received_at.timestamp_subsec_nanos() % 1000, 0, "PostgreSQL keeps microseconds");
+        assert_eq!(event.metadata.get("mem"), Some(&json!(0.5)));
+        assert_eq!((event.gauges.scroll_pct, event.gauges.duration_sec), (Some(100), Some(0)));
+        assert_eq!(event.geo.city, None);
+    }
+
+    #[test]
+    fn each_signal_is_raised_by_what_the_design_says() {
+        let score = |fill: fn(&mut Draft)| accept(fill).signals.score().get();
+        assert_eq!(score(|_| ()), 0);
+        assert_eq!(score(|d| d.category = Some("conversion".into())), 50);
+        assert_eq!(score(|d| d.action = Some("WhatsApp".into())), 50, "under any category");
+        assert_eq!(score(|d| d.category = Some("interaction".into())), 10);
+        assert_eq!(score(|d| (d.action, d.value) = (Some("scroll_depth".into()), Some(50.0))), 10);
+        assert_eq!(score(|d| (d.action, d.label) = (Some("scroll_depth".into()), Some("90%".into()))), 30);
+        assert_eq!(score(|d| d.value = Some(90.0)), 0, "a value is a depth only for scroll_depth");
+        assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 55, "cta_hovers": 2}))), 25);
+        assert_eq!(score(|d| d.action = Some("hover_intent".into())), 15);
+        assert_eq!(score(|d| d.referrer = Some("https://www.google.com.tr/search?q=x".into())), 5);
+        assert_eq!(score(|d| d.referrer = Some("https://evil.example/www.google.com".into())), 0);
+    }
+
+    #[test]
+    fn an_event_without_id_is_one_event_for_ten_seconds_and_survives_json() {
+        let (a, b) = (accept(|d| d.label = Some("x".into())), accept(|d| d.label = Some("x".into())));
+        assert_eq!(a.id, b.id);
+        assert_ne!(a.id, accept(|d| d.label = Some("y".into())).id);
+        let json = serde_json::to_string(&a).unwrap_or_default();
+        assert_eq!(serde_json::from_str::<Event>(&json).ok(), Some(a));
+    }
+}

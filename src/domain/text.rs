@@ -1,0 +1,98 @@
+//! Text and JSON from outside, made fit for PostgreSQL once, at the door.
+//!
+//! PostgreSQL refuses NUL in `text` and `\u0000` in `jsonb`; an index entry and a page have limits. So text is *cleaned*
+//! (NUL removed, surrounding white space trimmed) and *cut* at a character boundary, never refused: a visitor's click is worth more than
+//! the tail of a label.
+
+use serde_json::{Map, Value};
+
+/// Longest page URL, in bytes. The wire contract of `/api/sync`.
+pub const MAX_URL: usize = 4096;
+/// Longest referrer, in bytes.
+pub const MAX_REFERRER: usize = 2048;
+/// Longest label, in bytes.
+pub const MAX_LABEL: usize = 1024;
+/// Longest short text (category, action, click id, UTM value, city …), in bytes. Well below the 2,700 bytes that a
+/// B-tree entry may have.
+pub const MAX_SHORT: usize = 512;
+
+/// `text` without NUL and surrounding white space, at most `max` bytes, cut at a character boundary.
+pub fn clean(text: &str, max: usize) -> String {
+    let mut cleaned: String = text.chars().filter(|c| *c != '\0').collect();
+    if cleaned.len() > max {
+        let end = (0..=max).rev().find(|at| cleaned.is_char_boundary(*at)).unwrap_or(0);
+        cleaned.truncate(end);
+    }
+    let trimmed = cleaned.trim();
+    if trimmed.len() == cleaned.len() { cleaned } else { trimmed.to_owned() }
+}
+
+/// As [`clean`], but nothing at all when nothing is left.
+pub fn clean_some(text: &str, max: usize) -> Option<String> {
+    let cleaned = clean(text, max);
+    (!cleaned.is_empty()).then_some(cleaned)
+}
+
+/// JSON that PostgreSQL takes as `jsonb`: no NUL in any key or string, however deep.
+pub fn clean_json(value: Value) -> Value {
+    match value {
+        Value::String(text) if text.contains('\0') => Value::String(text.replace('\0', "")),
+        Value::Array(items) => Value::Array(items.into_iter().map(clean_json).collect()),
+        Value::Object(map) => Value::Object(clean_map(map)),
+        other => other,
+    }
+}
+
+/// As [`clean_json`], for an object.
+pub fn clean_map(map: Map<String, Value>) -> Map<String, Value> {
+    map.into_iter().map(|(key, value)| (key.replace('\0', ""), clean_json(value))).collect()
+}
+
+/// A scalar as text: a string as it is, a number or boolean printed; nothing for null, arrays and objects.
+pub fn scalar(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        Value::Bool(flag) => Some(flag.to_string()),
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+    }
+}
+
+/// A number, or text that is one (`"42"`, `" 1.5 "`, `"1,5"`); only finite ones.
+pub fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => text.trim().replace(',', ".").parse().ok(),
+        _ => None,
+    }
+    .filter(|number: &f64| number.is_finite())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn text_is_cleaned_and_cut_at_a_character() {
+        assert_eq!(clean(" a\0b ", 10), "ab");
+        assert_eq!(clean("ağaç", 2), "a", "ğ has two bytes");
+        assert_eq!(clean("ağaç", 3), "ağ");
+        assert_eq!(clean_some("\0 \0", 10), None);
+    }
+
+    #[test]
+    fn json_loses_every_nul() {
+        let dirty = json!({"a\u{0}": ["x\u{0}y", {"\u{0}": 1.5}], "n": null});
+        assert_eq!(clean_json(dirty), json!({"a": ["xy", {"": 1.5}], "n": null}));
+    }
+
+    #[test]
+    fn numbers_come_as_numbers_or_text() {
+        assert_eq!(number(&json!("1,5")), Some(1.5));
+        assert_eq!(number(&json!(50)), Some(50.0));
+        assert_eq!(number(&json!("NaN")), None);
+        assert_eq!(number(&json!("fifty")), None);
+        assert_eq!(number(&json!(true)), None);
+    }
+}

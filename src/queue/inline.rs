@@ -1,0 +1,14 @@
+//! No queue: the edge awaits the group commit.
+
+use async_trait::async_trait;
+
+use super::{Transport, Verdict};
+use crate::domain::event::Event;
+use crate::pipeline::Pipeline;
+
+#[async_trait]
+impl Transport for Pipeline {
+    async fn hand_over(&self, events: Vec<Event>) -> Vec<Verdict> {
+        self.submit(events).await.into_iter().map(Verdict::Final).collect()
+    }
+}

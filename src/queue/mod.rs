@@ -1,0 +1,29 @@
+//! Who owns an event between the edge and the tables.
+//!
+//! The edge hands accepted events to a [`Transport`]. *Queued* and *durable* are different answers: a queue that took an event owns it from
+//! then on and will deliver it to the worker; the pipeline ([`inline`]) answers once the event is committed.
+
+use async_trait::async_trait;
+
+use crate::domain::event::Event;
+use crate::domain::outcome::Outcome;
+
+pub mod inline;
+pub mod job;
+pub mod qstash;
+
+/// What a transport says of one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The pipeline's outcome: the event is durable, dead or refused.
+    Final(Outcome),
+    /// A queue owns the event now and will bring it to the worker.
+    Queued,
+}
+
+/// Takes accepted events from the edge.
+#[async_trait]
+pub trait Transport: Send + Sync {
+    /// Hands events over; one verdict an event, in the same order. Never fails as a whole, never drops an event in silence.
+    async fn hand_over(&self, events: Vec<Event>) -> Vec<Verdict>;
+}
