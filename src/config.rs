@@ -1,0 +1,282 @@
+//! What the operator sets, by flag or environment variable.
+//!
+//! An empty variable counts as unset (compose files write them). What one value says about another is checked once, before
+//! anything starts, and every complaint names its variable. Secrets show themselves to nobody: not in `--help`, `Debug` or errors.
+
+use std::net::SocketAddr;
+
+use ipnet::IpNet;
+use url::Url;
+
+use crate::http::signature::{self, Verifier};
+use crate::queue::qstash::QstashConfig;
+
+/// Where QStash lives if nobody says otherwise.
+const QSTASH_PUBLIC: &str = "https://qstash.upstash.io";
+
+/// The path of the worker below `PUBLIC_URL`.
+pub const WORKER_PATH: &str = "/api/sync/worker";
+
+/// Settings of the server.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Settings {
+    /// PostgreSQL: `postgres://user:password@host:5432/database?sslmode=require`. `dev` makes its own
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "DATABASE_URL")]
+    pub database_url: Option<Secret>,
+
+    /// Public listener: /api/sync, /api/sync/worker, /tracker.js
+    #[arg(long, env = "HTTP_ADDR", value_name = "HTTP_ADDR", default_value = "127.0.0.1:8080")]
+    pub http_addr: SocketAddr,
+
+    /// gRPC listener for internal services
+    #[arg(long, env = "GRPC_ADDR", value_name = "GRPC_ADDR", default_value = "127.0.0.1:50051")]
+    pub grpc_addr: SocketAddr,
+
+    /// Listener for the operator: /healthz, /readyz, /metrics. Keep it off the internet
+    #[arg(long, env = "ADMIN_ADDR", value_name = "ADMIN_ADDR", default_value = "127.0.0.1:9090")]
+    pub admin_addr: SocketAddr,
+
+    /// Requests a minute that one client may send for one site; 0 is no limit
+    #[arg(long, env = "RATE_LIMIT", value_name = "RATE_LIMIT", default_value_t = 600)]
+    pub rate_limit: u32,
+
+    /// Proxies whose X-Forwarded-For and CF-Connecting-IP are believed: addresses or CIDRs, separated by commas
+    #[arg(long, env = "TRUSTED_PROXIES", value_name = "TRUSTED_PROXIES", default_value = "", hide_default_value = true)]
+    pub trusted_proxies: Proxies,
+
+    /// Who owns an event between the edge and the tables: `inline` answers once it is committed, `qstash` once QStash has it
+    #[arg(long, env = "QUEUE", value_name = "QUEUE", default_value = "inline")]
+    pub queue: Queue,
+
+    /// Where the internet reaches this server, `https://collect.example.com`. QStash delivers to it and signs for it
+    #[arg(long, env = "PUBLIC_URL", value_name = "PUBLIC_URL")]
+    pub public_url: Option<String>,
+
+    /// QStash's address, if it is not https://qstash.upstash.io (regions and the development server have their own)
+    #[arg(long, env = "QSTASH_URL", value_name = "QSTASH_URL")]
+    pub qstash_url: Option<String>,
+
+    /// Token to publish with, from the QStash console
+    #[arg(long, env = "QSTASH_TOKEN", hide_env_values = true, value_name = "QSTASH_TOKEN")]
+    pub qstash_token: Option<Secret>,
+
+    /// Key with which QStash signs deliveries. Without keys every delivery is refused
+    #[arg(long, env = "QSTASH_CURRENT_SIGNING_KEY", hide_env_values = true, value_name = "QSTASH_CURRENT_SIGNING_KEY")]
+    pub qstash_current_signing_key: Option<Secret>,
+
+    /// Key with which QStash signs after the next rotation
+    #[arg(long, env = "QSTASH_NEXT_SIGNING_KEY", hide_env_values = true, value_name = "QSTASH_NEXT_SIGNING_KEY")]
+    pub qstash_next_signing_key: Option<Secret>,
+}
+
+/// Who owns an event between the edge and the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Queue {
+    Inline,
+    Qstash,
+}
+
+/// For whom the server runs: a few things are fine on a developer's machine only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Serve,
+    Dev,
+}
+
+/// Text that is not to be seen.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself, for the one who needs it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::str::FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.trim().to_owned()))
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// A list of CIDRs; a bare address is a network of one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Proxies(pub Vec<IpNet>);
+
+impl std::str::FromStr for Proxies {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let network = |part: &str| {
+            let address = || part.parse::<std::net::IpAddr>().map(IpNet::from);
+            part.parse::<IpNet>().or_else(|_| address()).map_err(|_| format!("`{part}` is neither an address nor a CIDR"))
+        };
+        let parts = text.split([',', ' ', '\n']).map(str::trim).filter(|part| !part.is_empty());
+        parts.map(network).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// A setting that is missing or wrong. No value of a secret in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{0} is not set: {1}")]
+    Missing(&'static str, &'static str),
+    #[error("{0} is wrong: {1}")]
+    Invalid(&'static str, &'static str),
+    #[error("{0} holds a signing key of QStash's development server, which everybody knows: take yours from the QStash console")]
+    DevelopmentKey(&'static str),
+}
+
+fn set(value: Option<&str>) -> Option<&str> {
+    value.map(str::trim).filter(|text| !text.is_empty())
+}
+
+fn revealed(secret: Option<&Secret>) -> Option<&str> {
+    set(secret.map(Secret::reveal))
+}
+
+impl Settings {
+    /// Checks all that can be checked before anything starts.
+    pub fn check(&self, mode: Mode) -> Result<(), ConfigError> {
+        if mode == Mode::Serve {
+            self.database_url()?;
+        }
+        self.verifier(mode)?;
+        self.qstash(mode).map(drop)
+    }
+
+    pub fn database_url(&self) -> Result<&str, ConfigError> {
+        let missing = ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
+        revealed(self.database_url.as_ref()).ok_or(missing)
+    }
+
+    /// Checks the signatures of deliveries; one that refuses them all if there are no keys.
+    pub fn verifier(&self, mode: Mode) -> Result<Verifier, ConfigError> {
+        let keys = [
+            ("QSTASH_CURRENT_SIGNING_KEY", revealed(self.qstash_current_signing_key.as_ref())),
+            ("QSTASH_NEXT_SIGNING_KEY", revealed(self.qstash_next_signing_key.as_ref())),
+        ];
+        for (name, key) in keys {
+            if mode == Mode::Serve && key.is_some_and(signature::is_development_key) {
+                return Err(ConfigError::DevelopmentKey(name));
+            }
+        }
+        let keys: Vec<&str> = keys.iter().filter_map(|(_, key)| *key).collect();
+        if keys.is_empty() {
+            return Ok(Verifier::without_keys());
+        }
+        Ok(Verifier::new(&keys, &self.worker_url()?))
+    }
+
+    /// What publishing needs; none if the queue is another one.
+    pub fn qstash(&self, mode: Mode) -> Result<Option<QstashConfig>, ConfigError> {
+        if self.queue != Queue::Qstash {
+            return Ok(None);
+        }
+        let token = self.qstash_token.clone().filter(|token| set(Some(token.reveal())).is_some());
+        let token = token.ok_or(ConfigError::Missing("QSTASH_TOKEN", "QUEUE is qstash, which publishes with it"))?;
+        if !token.reveal().bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(ConfigError::Invalid("QSTASH_TOKEN", "it has characters that no token has"));
+        }
+        let destination = self.worker_url()?;
+        self.verifier(mode)?;
+        if revealed(self.qstash_current_signing_key.as_ref()).is_none() {
+            let why = "QUEUE is qstash, and without the key its deliveries would all be refused";
+            return Err(ConfigError::Missing("QSTASH_CURRENT_SIGNING_KEY", why));
+        }
+        let url = set(self.qstash_url.as_deref()).unwrap_or(QSTASH_PUBLIC);
+        Ok(Some(QstashConfig { url: base_url("QSTASH_URL", url)?, token, destination }))
+    }
+
+    /// Where QStash delivers to, and what it signs as the subject.
+    fn worker_url(&self) -> Result<String, ConfigError> {
+        let missing = ConfigError::Missing("PUBLIC_URL", "QStash delivers to it and signs for it, https://your.host");
+        let url = set(self.public_url.as_deref()).ok_or(missing)?;
+        Ok(format!("{}{WORKER_PATH}", base_url("PUBLIC_URL", url)?))
+    }
+}
+
+/// An http(s) address without the slash at its end.
+fn base_url(name: &'static str, text: &str) -> Result<String, ConfigError> {
+    let url = Url::parse(text).map_err(|_| ConfigError::Invalid(name, "it is no URL; it begins with https://"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(ConfigError::Invalid(name, "its scheme is neither http nor https"));
+    }
+    if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() || url.password().is_some() {
+        return Err(ConfigError::Invalid(name, "it has more than scheme, host, port and path"));
+    }
+    Ok(url.as_str().trim_end_matches('/').to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn settings(flags: &[&str]) -> Settings {
+        Line::try_parse_from(["x"].iter().chain(flags)).expect("flags of a test").settings
+    }
+
+    const QSTASH: [&str; 4] =
+        ["--queue=qstash", "--public-url=https://c.example/", "--qstash-token=t0p", "--qstash-current-signing-key=k3y"];
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let error = |flags: &[&str], mode| settings(flags).check(mode).err().map(|error| error.to_string());
+        assert_eq!(error(&[], Mode::Dev), None);
+        assert!(error(&["--database-url="], Mode::Serve).is_some_and(|e| e.starts_with("DATABASE_URL is not set")));
+        assert_eq!(error(&QSTASH, Mode::Dev), None);
+        for (left_out, name) in [(1, "PUBLIC_URL"), (2, "QSTASH_TOKEN"), (3, "QSTASH_CURRENT_SIGNING_KEY")] {
+            let flags: Vec<&str> = (0..4).filter(|i| *i != left_out).map(|i| QSTASH[i]).collect();
+            assert!(error(&flags, Mode::Dev).is_some_and(|e| e.starts_with(&format!("{name} is not set"))), "{name}");
+        }
+        let wrong = error(&["--qstash-current-signing-key=k", "--public-url=c.example"], Mode::Dev);
+        assert!(wrong.is_some_and(|e| e.starts_with("PUBLIC_URL is wrong")));
+        let wrong = error(&[QSTASH[0], QSTASH[1], QSTASH[3], "--qstash-token=t\u{fc}"], Mode::Dev);
+        assert!(wrong.is_some_and(|e| e.starts_with("QSTASH_TOKEN is wrong") && !e.contains('\u{fc}')));
+    }
+
+    #[test]
+    fn the_keys_everybody_knows_are_for_developers() {
+        for flag in ["current", "next"] {
+            let key = format!("--qstash-{flag}-signing-key=sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r");
+            let settings = settings(&["--database-url=x", "--public-url=https://c.example", &key]);
+            assert!(matches!(settings.check(Mode::Serve), Err(ConfigError::DevelopmentKey(_))), "{flag}");
+            assert_eq!(settings.check(Mode::Dev), Ok(()));
+        }
+    }
+
+    #[test]
+    fn the_destination_has_one_slash_whatever_public_url_ends_with() {
+        for public in ["https://c.example", "https://c.example/", "https://c.example//"] {
+            let settings = settings(&[QSTASH[0], QSTASH[2], QSTASH[3], "--public-url", public]);
+            let config = settings.qstash(Mode::Dev).ok().flatten();
+            assert_eq!(config.map(|c| c.destination), Some("https://c.example/api/sync/worker".to_owned()));
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_shown_and_proxies_are_networks() {
+        let shown = format!("{:?}", settings(&QSTASH));
+        assert!(!shown.contains("t0p") && !shown.contains("k3y"), "{shown}");
+        let proxies = settings(&["--trusted-proxies=10.0.0.0/8, ::1"]).trusted_proxies.0;
+        assert_eq!(proxies.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.0/8", "::1/128"]);
+        let wrong = Line::try_parse_from(["x", "--trusted-proxies=all"]).expect_err("not a network").to_string();
+        assert!(wrong.contains("TRUSTED_PROXIES") && wrong.contains("`all`"), "{wrong}");
+    }
+}

@@ -1,0 +1,66 @@
+//! The operator's listener: `/healthz`, `/readyz`, `/metrics`.
+//!
+//! *Healthy* means the process runs: a supervisor that restarts a healthy server because the database is away helps nobody. *Ready* means that an
+//! event sent now would be stored: the database answers, every leaf is as it must be, and the next months are there.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::StatusCode;
+use http::header::CONTENT_TYPE;
+use serde_json::json;
+use tokio::time::timeout;
+
+use super::answer::{Problem, json_response};
+use crate::store::Store;
+use crate::telemetry;
+
+/// A readiness that comes later than this is none.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the operator's listener looks at.
+#[derive(Clone)]
+pub struct AdminState {
+    pub store: Store,
+}
+
+/// The routes of the operator's listener.
+pub fn admin_router(state: AdminState) -> Router {
+    Router::new()
+        .route("/healthz", get(async || json_response(StatusCode::OK, &json!({"ok": true}))))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .fallback(async || Problem::not_found())
+        .method_not_allowed_fallback(async || Problem::method_not_allowed("GET, HEAD"))
+        .layer(axum::middleware::map_response(super::secured))
+        .with_state(state)
+}
+
+async fn readyz(State(state): State<AdminState>) -> Response {
+    let reasons = reasons(&state.store).await;
+    if reasons.is_empty() {
+        return json_response(StatusCode::OK, &json!({"ready": true}));
+    }
+    json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"ready": false, "reasons": reasons}))
+}
+
+async fn reasons(store: &Store) -> Vec<String> {
+    let readiness = match timeout(PATIENCE, store.readiness()).await {
+        Err(_) => return vec![format!("database: no answer within {} s", PATIENCE.as_secs())],
+        Ok(Err(error)) => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "not ready: the database is away");
+            return vec!["database: away, see the log".to_owned()];
+        }
+        Ok(Ok(readiness)) => readiness,
+    };
+    let faults = readiness.faults.into_iter().map(|fault| format!("partition: {fault}"));
+    let missing = readiness.missing_months.iter().map(|month| format!("partition: the month {month} is missing"));
+    faults.chain(missing).collect()
+}
+
+async fn metrics() -> Response {
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], telemetry::prometheus().render()).into_response()
+}

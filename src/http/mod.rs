@@ -1,0 +1,114 @@
+//! The HTTP shim: the public door, QStash's door, the tracker and the operator's listener.
+//!
+//! ```text
+//! browser ─▶ sync   ─▶ wire ─▶ domain ─▶ transport (queue, or the pipeline itself)
+//! QStash  ─▶ worker ─▶ signature ─▶ job ─▶ pipeline
+//!                └───────── answer: one mapping from outcomes to answers ─────────┘
+//! ```
+//!
+//! Everything from outside is bounded here: bytes, time, connections, requests of a client. Nothing below knows HTTP.
+
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::{ConnectInfo, Request};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use http::header::X_CONTENT_TYPE_OPTIONS;
+use http::{HeaderValue, request};
+
+use crate::directory::Directory;
+use crate::pipeline::Pipeline;
+use crate::queue::Transport;
+use crate::store::Store;
+use answer::Problem;
+use client_address::TrustedProxies;
+use limit::RateLimit;
+use signature::Verifier;
+
+pub mod admin;
+pub mod answer;
+mod body;
+pub mod client_address;
+mod cors;
+pub mod limit;
+mod script;
+pub mod serve;
+pub mod signature;
+mod sync;
+pub mod wire;
+mod worker;
+
+/// Requests answered, by route and status.
+pub const REQUESTS: &str = "opsmantik_http_requests_total";
+/// Time from the head of a request to its answer, seconds, by route.
+pub const DURATION: &str = "opsmantik_http_request_duration_seconds";
+
+/// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
+pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the public listener needs.
+#[derive(Clone)]
+pub struct PublicState {
+    pub directory: Directory,
+    /// Who takes events from `/api/sync`.
+    pub transport: Arc<dyn Transport>,
+    /// Who takes events from the worker: what came out of a queue does not go into one again.
+    pub pipeline: Pipeline,
+    /// For dead letters.
+    pub store: Store,
+    pub limit: Arc<RateLimit>,
+    pub proxies: Arc<TrustedProxies>,
+    pub verifier: Arc<Verifier>,
+    pub body_patience: Duration,
+}
+
+/// The routes of the public listener.
+pub fn public_router(state: PublicState) -> Router {
+    Router::new()
+        .route("/api/sync", any(sync::sync))
+        .route("/api/sync/worker", any(worker::worker))
+        .route("/tracker.js", any(script::script))
+        .fallback(async || Problem::not_found())
+        .layer(axum::middleware::map_response(secured))
+        .layer(axum::middleware::from_fn(measured))
+        .with_state(state)
+}
+
+async fn secured(mut response: Response) -> Response {
+    response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+async fn measured(request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    // The route and never the address: what strangers ask for is no label.
+    let route = match request.uri().path() {
+        "/api/sync" => "/api/sync",
+        "/api/sync/worker" => "/api/sync/worker",
+        "/tracker.js" => "/tracker.js",
+        _ => "other",
+    };
+    let response = next.run(request).await;
+    metrics::counter!(REQUESTS, "route" => route, "status" => response.status().as_str().to_owned()).increment(1);
+    metrics::histogram!(DURATION, "route" => route).record(began.elapsed().as_secs_f64());
+    response
+}
+
+/// The other end of the socket; `serve` puts it there. Nobody's address if a test did not.
+fn peer(parts: &request::Parts) -> IpAddr {
+    let info = parts.extensions.get::<ConnectInfo<SocketAddr>>();
+    info.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |ConnectInfo(peer)| peer.ip())
+}
+
+/// Runs to its end even if the client hangs up in between. Code that breaks its promise costs one request, and says so.
+async fn to_the_end(work: impl Future<Output = Response> + Send + 'static) -> Response {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a request broke the server's own code");
+        Problem::internal().into_response()
+    })
+}

@@ -1,0 +1,146 @@
+//! `POST /api/sync`: the public door, for the tracker in visitors' browsers.
+//!
+//! Size and time → JSON → `s` → the site exists → its origin → rate → each event → the transport. Nothing is processed for a site that does not
+//! exist. Once the body is here, the work goes on even if the browser hangs up: a click on a telephone link leaves the page.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use chrono::Utc;
+use http::Method;
+use std::net::IpAddr;
+
+use super::answer::{self, Fate, Problem};
+use super::cors::{Sender, hidden};
+use super::wire::{self, Body, WireEvent};
+use super::{PublicState, body, client_address, peer};
+use crate::domain::event::Arrival;
+use crate::domain::refusal::Refusal;
+use crate::domain::site::Site;
+
+/// What this address takes.
+const ALLOW: &str = "POST, OPTIONS";
+
+/// What is known of a request beside its body.
+struct Caller {
+    sender: Sender,
+    address: IpAddr,
+    arrival: Arrival,
+}
+
+pub async fn sync(State(state): State<PublicState>, request: Request) -> Response {
+    let sender = Sender::of(request.headers());
+    if request.method() == Method::OPTIONS {
+        return sender.preflight(&state.directory).await;
+    }
+    if request.method() != Method::POST {
+        return sender.shown_to_customers(&state.directory, Problem::method_not_allowed(ALLOW)).await;
+    }
+    let (parts, body) = request.into_parts();
+    let address = state.proxies.client(peer(&parts), &parts.headers);
+    let arrival = client_address::arrival(&parts.headers, address, Utc::now());
+    let bytes = match body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience).await {
+        Ok(bytes) => bytes,
+        Err(problem) => return sender.shown_to_customers(&state.directory, problem).await,
+    };
+    super::to_the_end(take(state, Caller { sender, address, arrival }, bytes)).await
+}
+
+async fn take(state: PublicState, caller: Caller, bytes: Bytes) -> Response {
+    let (body, site) = match find_site(&state, &bytes).await {
+        Ok(found) => found,
+        Err(problem) => return caller.sender.shown_to_customers(&state.directory, logged(problem)).await,
+    };
+    if let Err(problem) = caller.sender.admit(&site) {
+        return hidden(problem);
+    }
+    match hand_over(&state, &caller, &site, body).await {
+        Ok(response) => caller.sender.shown(response),
+        Err(problem) => caller.sender.shown(logged(problem)),
+    }
+}
+
+/// Reads the body as far as its site, and looks that up.
+async fn find_site(state: &PublicState, bytes: &[u8]) -> Result<(Body, Arc<Site>), Problem> {
+    let body = wire::read(bytes)?;
+    let events = match &body {
+        Body::One(event) => std::slice::from_ref(&**event),
+        Body::Batch(events) => events,
+    };
+    let naming = events.iter().find(|event| event.site.is_ok()).or(events.first());
+    let Some(event) = naming else { return Err(Refusal::missing("events", "at least one event").into()) };
+    let site = state.directory.site(event.site.as_deref().map_err(Clone::clone)?).await?;
+    let site = site.ok_or_else(|| event.unknown_site())?;
+    Ok((body, site))
+}
+
+async fn hand_over(state: &PublicState, caller: &Caller, site: &Site, body: Body) -> Result<Response, Problem> {
+    if let Body::Batch(events) = &body {
+        one_site(events, site)?;
+    }
+    state.limit.check(site.id, caller.address).map_err(Problem::rate_limited)?;
+    match body {
+        Body::One(event) => {
+            let event = event.accept(site.id, &caller.arrival)?;
+            let id = event.id;
+            let verdicts = state.transport.hand_over(vec![event]).await;
+            answer::to_one(id, *verdicts.first().ok_or_else(Problem::internal)?)
+        }
+        Body::Batch(events) => hand_over_batch(state, caller, site, events).await,
+    }
+}
+
+async fn hand_over_batch(
+    state: &PublicState,
+    caller: &Caller,
+    site: &Site,
+    read: Vec<WireEvent>,
+) -> Result<Response, Problem> {
+    let mut accepted = Vec::with_capacity(read.len());
+    let mut fates = Vec::with_capacity(read.len());
+    for wire in read {
+        let sent_id = wire.event_id(site.id);
+        let checked = match &wire.site {
+            Ok(_) => wire.accept(site.id, &caller.arrival),
+            Err(refusal) => Err(refusal.clone()),
+        };
+        fates.push(match checked {
+            Ok(event) => {
+                let id = event.id;
+                accepted.push(event);
+                Ok(id)
+            }
+            Err(refusal) => Err((sent_id, refusal)),
+        });
+    }
+    let mut verdicts = match accepted.is_empty() {
+        true => Vec::new(),
+        false => state.transport.hand_over(accepted).await,
+    }
+    .into_iter();
+    let fate = |fate| match fate {
+        Ok(id) => verdicts.next().map(|verdict| Fate::HandedOver(id, verdict)).ok_or_else(Problem::internal),
+        Err((id, refusal)) => Ok(Fate::Refused(id, refusal)),
+    };
+    answer::to_batch(fates.into_iter().map(fate).collect::<Result<_, _>>()?)
+}
+
+/// A batch belongs to one site, by whichever of its names.
+fn one_site(events: &[WireEvent], site: &Site) -> Result<(), Problem> {
+    let names = |text: &str| text == site.public_id || text.parse().is_ok_and(|id| site.id == id);
+    let first = events.iter().find_map(|event| event.site.as_deref().ok());
+    match events.iter().find(|event| event.site.as_deref().is_ok_and(|text| Some(text) != first && !names(text))) {
+        Some(stranger) => Err(stranger.other_site().into()),
+        None => Ok(()),
+    }
+}
+
+/// The server's side of an error that is the server's own.
+fn logged(problem: Problem) -> Response {
+    if problem.is_server_side() {
+        tracing::warn!(http.route = "/api/sync", error.code = problem.code(), "an event could not be stored now");
+    }
+    problem.into_response()
+}

@@ -1,0 +1,171 @@
+//! `POST /api/sync/worker`: deliveries from QStash.
+//!
+//! Delivery is at least once and in any order; exactly-once is ours, by the event's id. The signature comes first, over the raw bytes. What can never
+//! be stored is buried in `dead_letters` and only then answered 489, which stops QStash; while it cannot be buried either, QStash keeps it
+//! (503). A delivery is our own [`Job`], or the tracker's JSON from another producer, with an `id` in every event.
+
+use axum::body::Bytes;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use chrono::{DateTime, Utc};
+use http::Method;
+
+use super::answer::{self, Problem};
+use super::wire::{self, Body};
+use super::{PublicState, body};
+use crate::domain::event::{Arrival, Event};
+use crate::domain::id::{DeadLetterId, EventId, SiteId};
+use crate::domain::outcome::{DeathReason, Unavailable};
+use crate::queue::job::Job;
+use crate::store::DeadLetter;
+
+/// Most bytes of a delivery: QStash's own limit.
+const MAX_DELIVERY: usize = 1 << 20;
+
+pub async fn worker(State(state): State<PublicState>, request: Request) -> Response {
+    if request.method() != Method::POST {
+        return Problem::method_not_allowed("POST").into_response();
+    }
+    let (parts, body) = request.into_parts();
+    let bytes = match body::read(&parts.headers, body, MAX_DELIVERY, state.body_patience).await {
+        Ok(bytes) => bytes,
+        Err(problem) => return problem.into_response(),
+    };
+    let signature = parts.headers.get("upstash-signature").and_then(|value| value.to_str().ok());
+    if let Err(error) = state.verifier.verify(signature, &bytes) {
+        tracing::warn!(http.route = "/api/sync/worker", %error, "a delivery was refused");
+        return Problem::signature().into_response();
+    }
+    super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(logged) }).await
+}
+
+/// What of a delivery can never be stored.
+#[derive(Debug)]
+struct Corpse {
+    reason: DeathReason,
+    detail: String,
+    site_id: Option<SiteId>,
+    event_id: Option<EventId>,
+}
+
+impl Corpse {
+    fn malformed(detail: impl ToString) -> Self {
+        Self { reason: DeathReason::MalformedJob, detail: detail.to_string(), site_id: None, event_id: None }
+    }
+
+    fn of_unknown_site(detail: impl ToString) -> Self {
+        Self { reason: DeathReason::UnknownSite, ..Self::malformed(detail) }
+    }
+}
+
+async fn take(state: &PublicState, bytes: &Bytes) -> Result<Response, Problem> {
+    let now = Utc::now();
+    let (events, corpse) = read(state, bytes, now).await?;
+    let outcomes = match events.is_empty() {
+        true => Vec::new(),
+        false => state.pipeline.submit(events).await,
+    };
+    let answer = answer::to_delivery(&outcomes);
+    match (corpse, answer) {
+        // To be delivered again: the corpse will be there again, too.
+        (Some(_), Err(problem)) if problem.is_server_side() => Err(problem),
+        (Some(corpse), _) => {
+            let reason = corpse.reason;
+            bury(state, bytes, corpse, now).await?;
+            Err(Problem::undeliverable(reason))
+        }
+        (None, answer) => answer,
+    }
+}
+
+/// The events of a delivery, and what of it is dead already. One corpse is enough: it is buried with the whole delivery.
+async fn read(
+    state: &PublicState,
+    bytes: &[u8],
+    now: DateTime<Utc>,
+) -> Result<(Vec<Event>, Option<Corpse>), Unavailable> {
+    if is_job(bytes) {
+        let text = String::from_utf8_lossy(bytes);
+        let event = match Job::event_from_json(&text, now) {
+            Ok(event) => event,
+            Err(error) => return Ok((Vec::new(), Some(Corpse::malformed(error)))),
+        };
+        if state.directory.site_by_id(event.site_id).await?.is_some() {
+            return Ok((vec![event], None));
+        }
+        let corpse = Corpse::of_unknown_site("no site has the id of the job's event");
+        return Ok((Vec::new(), Some(Corpse { site_id: Some(event.site_id), event_id: Some(event.id), ..corpse })));
+    }
+    let read = match wire::read(bytes) {
+        Ok(Body::One(event)) => vec![*event],
+        Ok(Body::Batch(events)) => events,
+        Err(refusal) => return Ok((Vec::new(), Some(Corpse::malformed(refusal)))),
+    };
+    let (mut events, mut corpse) = (Vec::with_capacity(read.len()), None);
+    for wire in read {
+        let site = match &wire.site {
+            Ok(text) => state.directory.site(text).await?,
+            Err(refusal) => {
+                corpse = corpse.or(Some(Corpse::malformed(refusal)));
+                continue;
+            }
+        };
+        let Some(site) = site else {
+            corpse = corpse.or(Some(Corpse::of_unknown_site(wire.unknown_site())));
+            continue;
+        };
+        let id = wire.event_id(site.id);
+        let accepted = match id {
+            Some(_) => wire.accept(site.id, &Arrival::at(now)),
+            None => Err(wire.without_id()),
+        };
+        match accepted {
+            Ok(event) => events.push(event),
+            Err(refusal) => {
+                let dead = Corpse { site_id: Some(site.id), event_id: id, ..Corpse::malformed(refusal) };
+                corpse = corpse.or(Some(dead));
+            }
+        }
+    }
+    Ok((events, corpse))
+}
+
+/// A job has a version and an event; a tracker's event has neither at its top.
+fn is_job(bytes: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Marks<'a> {
+        #[serde(borrow)]
+        v: Option<&'a serde_json::value::RawValue>,
+        #[serde(borrow)]
+        event: Option<&'a serde_json::value::RawValue>,
+    }
+    serde_json::from_slice::<Marks<'_>>(bytes).is_ok_and(|marks| marks.v.is_some() && marks.event.is_some())
+}
+
+async fn bury(state: &PublicState, bytes: &[u8], corpse: Corpse, now: DateTime<Utc>) -> Result<(), Unavailable> {
+    let Corpse { reason, detail, site_id, event_id } = corpse;
+    let letter = DeadLetter {
+        // The same delivery is one letter, however often it comes.
+        id: DeadLetterId::derived(bytes),
+        site_id,
+        event_id,
+        source: "worker",
+        reason,
+        detail,
+        payload: String::from_utf8_lossy(bytes).replace('\0', "\u{fffd}"),
+        received_at: now,
+    };
+    state.store.bury(&letter).await.map_err(|error| {
+        tracing::error!(error = &error as &dyn std::error::Error, "a dead letter could not be buried");
+        Unavailable::Database
+    })?;
+    tracing::warn!(reason = reason.code(), dead_letter.id = %letter.id, "a delivery can never be stored; it is in dead_letters");
+    Ok(())
+}
+
+fn logged(problem: Problem) -> Response {
+    if problem.is_server_side() {
+        tracing::warn!(http.route = "/api/sync/worker", error.code = problem.code(), "a delivery could not be stored now");
+    }
+    problem.into_response()
+}
