@@ -41,7 +41,13 @@ pub struct Settings {
     pub rate_limit: u32,
 
     /// Proxies whose X-Forwarded-For and CF-Connecting-IP are believed: addresses or CIDRs, separated by commas
-    #[arg(long, env = "TRUSTED_PROXIES", value_name = "TRUSTED_PROXIES", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "TRUSTED_PROXIES",
+        value_name = "TRUSTED_PROXIES",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub trusted_proxies: Proxies,
 
     /// Who owns an event between the edge and the tables: `inline` answers once it is committed, `qstash` once QStash has it
@@ -118,7 +124,9 @@ impl std::str::FromStr for Proxies {
     fn from_str(text: &str) -> Result<Self, String> {
         let network = |part: &str| {
             let address = || part.parse::<std::net::IpAddr>().map(IpNet::from);
-            part.parse::<IpNet>().or_else(|_| address()).map_err(|_| format!("`{part}` is neither an address nor a CIDR"))
+            part.parse::<IpNet>()
+                .or_else(|_| address())
+                .map_err(|_| format!("`{part}` is neither an address nor a CIDR"))
         };
         let parts = text.split([',', ' ', '\n']).map(str::trim).filter(|part| !part.is_empty());
         parts.map(network).collect::<Result<_, _>>().map(Self)
@@ -132,7 +140,9 @@ pub enum ConfigError {
     Missing(&'static str, &'static str),
     #[error("{0} is wrong: {1}")]
     Invalid(&'static str, &'static str),
-    #[error("{0} holds a signing key of QStash's development server, which everybody knows: take yours from the QStash console")]
+    #[error(
+        "{0} holds a signing key of QStash's development server, which everybody knows: take yours from the QStash console"
+    )]
     DevelopmentKey(&'static str),
 }
 
@@ -155,7 +165,8 @@ impl Settings {
     }
 
     pub fn database_url(&self) -> Result<&str, ConfigError> {
-        let missing = ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
+        let missing =
+            ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
         revealed(self.database_url.as_ref()).ok_or(missing)
     }
 

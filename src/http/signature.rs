@@ -7,7 +7,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
-use serde::Deserialize;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Signing keys of QStash's local development server. They are printed in its SDK, so they prove nothing.
@@ -35,13 +35,6 @@ pub enum SignatureError {
     Claims,
     #[error("the signature was made for another body")]
     Body,
-}
-
-#[derive(Deserialize)]
-struct Claims {
-    iss: String,
-    sub: String,
-    body: String,
 }
 
 /// Checks signatures for one receiver.
@@ -79,34 +72,35 @@ impl Verifier {
         }
         let signature = signature.map(str::trim).filter(|text| !text.is_empty()).ok_or(SignatureError::Absent)?;
         let claims = self.claims(signature)?;
-        if claims.iss != "Upstash" || claims.sub.trim_end_matches('/') != self.receiver {
+        let claim = |name: &str| claims.get(name).and_then(Value::as_str).ok_or(SignatureError::Claims);
+        if claim("iss")? != "Upstash" || claim("sub")?.trim_end_matches('/') != self.receiver {
             return Err(SignatureError::Claims);
         }
-        if equal(claims.body.trim_end_matches('=').as_bytes(), body_hash(body).as_bytes()) {
+        if equal(claim("body")?.trim_end_matches('=').as_bytes(), body_hash(body).as_bytes()) {
             Ok(())
         } else {
             Err(SignatureError::Body)
         }
     }
 
-    fn claims(&self, signature: &str) -> Result<Claims, SignatureError> {
+    fn claims(&self, signature: &str) -> Result<Value, SignatureError> {
         use jsonwebtoken::errors::ErrorKind;
-        let mut error = SignatureError::Forged;
         for key in &self.keys {
-            match jsonwebtoken::decode::<Claims>(signature, key, &self.validation) {
+            match jsonwebtoken::decode::<Value>(signature, key, &self.validation) {
                 Ok(token) => return Ok(token.claims),
                 Err(refused) => match refused.kind() {
                     // The signature was right, so no other key has to be tried.
                     ErrorKind::ExpiredSignature | ErrorKind::ImmatureSignature => return Err(SignatureError::Expired),
-                    ErrorKind::MissingRequiredClaim(_) | ErrorKind::InvalidIssuer | ErrorKind::InvalidClaimFormat(_) => {
+                    ErrorKind::MissingRequiredClaim(_)
+                    | ErrorKind::InvalidIssuer
+                    | ErrorKind::InvalidClaimFormat(_) => {
                         return Err(SignatureError::Claims);
                     }
-                    ErrorKind::Json(_) => error = SignatureError::Claims,
                     _ => {}
                 },
             }
         }
-        Err(error)
+        Err(SignatureError::Forged)
     }
 }
 
@@ -124,7 +118,7 @@ fn equal(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
     use jsonwebtoken::{EncodingKey, Header};
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     const RECEIVER: &str = "https://c.example/api/sync/worker";
     const BODY: &[u8] = br#"{"hello":"world"}"#;
@@ -182,7 +176,11 @@ mod tests {
         assert_eq!(verify(|c| c["exp"] = (now - 10).into()), Err(SignatureError::Expired));
         assert_eq!(verify(|c| c["nbf"] = (now + 10).into()), Err(SignatureError::Expired));
         for claim in ["exp", "nbf", "iss", "sub", "body"] {
-            assert_eq!(verify(|c| _ = c.as_object_mut().map(|c| c.remove(claim))), Err(SignatureError::Claims), "{claim}");
+            assert_eq!(
+                verify(|c| _ = c.as_object_mut().map(|c| c.remove(claim))),
+                Err(SignatureError::Claims),
+                "{claim}"
+            );
         }
     }
 

@@ -99,7 +99,8 @@ fn a_refusal_names_its_reason_and_field() {
     ] {
         assert_eq!(refused(body), (reason, field.to_owned()), "{body}");
     }
-    let deep = format!(r#"{{"s":"p","u":"https://a.example/","sid":"1","meta":{}{}}}"#, "[".repeat(999), "]".repeat(999));
+    let deep =
+        format!(r#"{{"s":"p","u":"https://a.example/","sid":"1","meta":{}{}}}"#, "[".repeat(999), "]".repeat(999));
     assert_eq!(refused(deep).0, InvalidJson, "nested too deeply");
     let large = json!({"s": "p", "u": "https://a.example/", "sid": "1", "el": "x".repeat(MAX_EVENT)}).to_string();
     let event = one(&large);
@@ -140,7 +141,8 @@ fn a_bad_event_of_a_batch_is_refused_alone_and_by_its_place() {
 
 #[test]
 fn what_old_browsers_send_is_survived() {
-    let event = accepted(r#"{"s":"p","u":"https://a.example/","sid":"1","el":"cut \ud83d","x\ude00":"\ud83d\ude00\\ud83d"}"#);
+    let event =
+        accepted(r#"{"s":"p","u":"https://a.example/","sid":"1","el":"cut \ud83d","x\ude00":"\ud83d\ude00\\ud83d"}"#);
     assert_eq!(event.label.as_deref(), Some("cut \u{fffd}"));
     assert_eq!(event.metadata.get("x\u{fffd}"), Some(&json!("😀\\ud83d")), "whole pairs and plain text stay");
     let broken = accepted(b"\xef\xbb\xbf{\"s\":\"p\",\"u\":\"https://a.example/\",\"sid\":\"1\",\"el\":\"a\xffb\"}\n");

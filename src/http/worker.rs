@@ -165,7 +165,11 @@ async fn bury(state: &PublicState, bytes: &[u8], corpse: Corpse, now: DateTime<U
 
 fn logged(problem: Problem) -> Response {
     if problem.is_server_side() {
-        tracing::warn!(http.route = "/api/sync/worker", error.code = problem.code(), "a delivery could not be stored now");
+        tracing::warn!(
+            http.route = "/api/sync/worker",
+            error.code = problem.code(),
+            "a delivery could not be stored now"
+        );
     }
     problem.into_response()
 }

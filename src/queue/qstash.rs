@@ -123,8 +123,8 @@ impl Published {
 
 impl QstashTransport {
     pub fn new(config: QstashConfig, fallback: Arc<dyn Transport>) -> Result<Self, QstashSetupError> {
-        let mut authorization = HeaderValue::from_str(&format!("Bearer {}", config.token.reveal()))
-            .map_err(|_| QstashSetupError::Token)?;
+        let mut authorization =
+            HeaderValue::from_str(&format!("Bearer {}", config.token.reveal())).map_err(|_| QstashSetupError::Token)?;
         authorization.set_sensitive(true);
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT)

@@ -77,7 +77,7 @@ async fn answer(State((mood, seen)): State<Desk>, request: Request) -> Response 
             (StatusCode::OK, Value::from_iter((0..count).map(named)).to_string()).into_response()
         }
         (Mood::EverySecond, count) => {
-            let one = |n: usize| if n % 2 == 0 { named(n) } else { json!({"error": "no"}) };
+            let one = |n: usize| if n.is_multiple_of(2) { named(n) } else { json!({"error": "no"}) };
             (StatusCode::OK, Value::from_iter((0..count.unwrap_or(0)).map(one)).to_string()).into_response()
         }
         (Mood::Answer(status, body), _) => (status, body).into_response(),
@@ -166,10 +166,7 @@ async fn many_events_are_published_together_and_not_too_many() {
     assert_eq!(messages.len(), BATCH);
     assert_eq!(messages[0]["destination"], "https://c.example/api/sync/worker");
     assert_eq!(messages[0]["headers"]["Upstash-Retries"], "5");
-    assert_ne!(
-        messages[0]["headers"]["Upstash-Deduplication-Id"],
-        messages[1]["headers"]["Upstash-Deduplication-Id"]
-    );
+    assert_ne!(messages[0]["headers"]["Upstash-Deduplication-Id"], messages[1]["headers"]["Upstash-Deduplication-Id"]);
     let body = messages[1]["body"].as_str().unwrap_or_default();
     assert_eq!(Job::event_from_json(body, Utc::now()).ok().and_then(|event| event.label).as_deref(), Some("1"));
 }
