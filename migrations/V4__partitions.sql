@@ -126,7 +126,8 @@ CREATE OR REPLACE FUNCTION opsmantik.ensure_month(month date) RETURNS text[]
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO, YMD'
--- Attaching waits for the transactions that write, and others wait behind it: rather give up and be called again.
+-- Attaching lets readers pass. But the foreign keys make it wait for transactions that write to sessions, and later
+-- writers wait behind it: rather give up and be called again.
 SET lock_timeout = '2s'
 AS $$
 DECLARE
@@ -177,6 +178,9 @@ BEGIN
                 RAISE EXCEPTION '% is in the way: it is no table that could become the partition for %', leaf, lower_bound
                     USING ERRCODE = 'wrong_object_type';
             END IF;
+            IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = leaf AND conname = 'opsmantik_bound') THEN
+                EXECUTE format('ALTER TABLE %s DROP CONSTRAINT opsmantik_bound', leaf);
+            END IF;
             FOR item IN
                 SELECT conname, pg_get_constraintdef(oid) AS def FROM pg_constraint p
                 WHERE conrelid = root AND contype = 'c' AND NOT EXISTS (
@@ -188,7 +192,6 @@ BEGIN
 
         PERFORM opsmantik.dress_leaf(root, leaf);
         -- With this constraint the leaf's rows are checked before the parent is locked instead of after.
-        EXECUTE format('ALTER TABLE %s DROP CONSTRAINT IF EXISTS opsmantik_bound', leaf);
         EXECUTE format('ALTER TABLE %1$s ADD CONSTRAINT opsmantik_bound '
                        'CHECK (%2$I IS NOT NULL AND %2$I >= %3$L AND %2$I < %4$L)', leaf, part.key, lower_bound, upper_bound);
         EXECUTE format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
@@ -201,49 +204,61 @@ END
 $$;
 COMMENT ON FUNCTION opsmantik.ensure_month(date) IS
     'Makes the partitions of the month of a date, or mends them; returns the names of those that it made or attached '
-    'again. May be called any number of times, by several servers at once. Gives up after two seconds behind a lock '
-    '(55P03): call it again.';
+    'again. May be called any number of times, by several servers at once. Attaching waits for open transactions that '
+    'wrote to sessions, not for readers, and gives up after two seconds (55P03): call it again.';
 
+-- Without compiling the query: the planner guesses thousands of rows where there are a dozen.
 CREATE OR REPLACE FUNCTION opsmantik.leaf_faults() RETURNS TABLE (leaf text, fault text)
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET jit = off
 AS $$
-    SELECT l.name, f.fault
-    FROM opsmantik.leaves() l
-    JOIN pg_class c ON c.oid = l.leaf
-    JOIN pg_class p ON p.oid = l.parent
-    CROSS JOIN LATERAL (
-        SELECT 'replica identity is not FULL' WHERE c.relreplident <> 'f'
+    WITH leaf AS MATERIALIZED (
+        SELECT * FROM opsmantik.leaves()
+    ), is_policy AS MATERIALIZED (
+        SELECT l.leaf, p.* FROM leaf l CROSS JOIN LATERAL opsmantik.policies_of(l.leaf) AS p
+    ), should_policy AS MATERIALIZED (
+        SELECT l.leaf, p.*
+        FROM (SELECT DISTINCT parent FROM leaf) AS r CROSS JOIN LATERAL opsmantik.policies_of(r.parent) AS p
+        JOIN leaf l ON l.parent = r.parent
+    ), is_grant AS MATERIALIZED (
+        SELECT l.leaf, g.* FROM leaf l CROSS JOIN LATERAL opsmantik.grants_of(l.leaf) AS g
+    ), should_grant AS MATERIALIZED (
+        SELECT l.leaf, g.*
+        FROM (SELECT DISTINCT parent FROM leaf) AS r CROSS JOIN LATERAL opsmantik.grants_of(r.parent) AS g
+        JOIN leaf l ON l.parent = r.parent
+    ), fault AS (
+        SELECT l.leaf, f.fault
+        FROM leaf l
+        JOIN pg_class c ON c.oid = l.leaf
+        JOIN pg_class p ON p.oid = l.parent
+        CROSS JOIN LATERAL (VALUES
+            (c.relreplident <> 'f', 'replica identity is not FULL'),
+            (NOT c.relrowsecurity, 'row level security is off'),
+            (NOT c.relforcerowsecurity, 'row level security is not forced'),
+            (c.relowner <> p.relowner, 'owner is not the parent''s'),
+            (l.month IS NULL, 'does not hold exactly one month')
+        ) AS f (holds, fault)
+        WHERE f.holds
         UNION ALL
-        SELECT 'row level security is off' WHERE NOT c.relrowsecurity
-        UNION ALL
-        SELECT 'row level security is not forced' WHERE NOT c.relforcerowsecurity
-        UNION ALL
-        SELECT 'policies differ from the parent''s: ' || string_agg(DISTINCT d.name, ', ')
+        SELECT d.leaf, 'policies differ from the parent''s: ' || string_agg(DISTINCT d.name, ', ')
         FROM (
-            (SELECT * FROM opsmantik.policies_of(l.leaf) EXCEPT SELECT * FROM opsmantik.policies_of(l.parent))
-            UNION ALL
-            (SELECT * FROM opsmantik.policies_of(l.parent) EXCEPT SELECT * FROM opsmantik.policies_of(l.leaf))
+            (TABLE is_policy EXCEPT TABLE should_policy) UNION ALL (TABLE should_policy EXCEPT TABLE is_policy)
         ) AS d
-        HAVING count(*) > 0
+        GROUP BY d.leaf
         UNION ALL
-        SELECT 'grants differ from the parent''s: ' || string_agg(DISTINCT d.privilege || ' of ' || d.grantee, ', ')
+        SELECT d.leaf, 'grants differ from the parent''s: ' || string_agg(DISTINCT d.privilege || ' of ' || d.grantee, ', ')
         FROM (
-            (SELECT * FROM opsmantik.grants_of(l.leaf) EXCEPT SELECT * FROM opsmantik.grants_of(l.parent))
-            UNION ALL
-            (SELECT * FROM opsmantik.grants_of(l.parent) EXCEPT SELECT * FROM opsmantik.grants_of(l.leaf))
+            (TABLE is_grant EXCEPT TABLE should_grant) UNION ALL (TABLE should_grant EXCEPT TABLE is_grant)
         ) AS d
-        HAVING count(*) > 0
-        UNION ALL
-        SELECT 'owner is not the parent''s' WHERE c.relowner <> p.relowner
-        UNION ALL
-        SELECT 'does not hold exactly one month' WHERE l.month IS NULL
-    ) AS f (fault)
+        GROUP BY d.leaf
+    )
+    SELECT l.name, f.fault FROM fault f JOIN leaf l ON l.leaf = f.leaf
     ORDER BY l.name, f.fault
 $$;
 COMMENT ON FUNCTION opsmantik.leaf_faults() IS
-    'Everything that is wrong with an attached leaf of sessions or events. Empty is good. ensure_month mends all but the '
-    'last: a leaf with other bounds than one month, such as a DEFAULT partition, is for a person to look at.';
+    'Everything that is wrong with an attached leaf of sessions or events. Empty is good. ensure_month of its month '
+    'mends it; a leaf with other bounds than one month, such as a DEFAULT partition, is for a person to look at.';
 
 CREATE OR REPLACE FUNCTION opsmantik.missing_months(from_month date, ahead int) RETURNS SETOF date
 LANGUAGE sql STABLE SECURITY DEFINER
