@@ -43,8 +43,7 @@ fn compile() -> Result<(), String> {
     }
     let out_dir = env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run this through cargo")?;
     let path = PathBuf::from(out_dir).join("opsmantik.bin");
-    fs::write(&path, descriptors.encode_to_vec())
-        .map_err(|error| format!("{}: {error}", path.display()))
+    fs::write(&path, descriptors.encode_to_vec()).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// Collects every `.proto` below `dir`. The folders are watched as well as the files, so that a new file is noticed.
@@ -54,10 +53,7 @@ fn find_protos(dir: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
         let path = entry?.path();
         if path.is_dir() {
             find_protos(&path, found)?;
-        } else if path
-            .extension()
-            .is_some_and(|extension| extension == "proto")
-        {
+        } else if path.extension().is_some_and(|extension| extension == "proto") {
             println!("cargo::rerun-if-changed={}", path.display());
             found.push(path);
         }

@@ -10,7 +10,6 @@ use crate::domain::outcome::Outcome;
 
 pub mod inline;
 pub mod job;
-pub mod qstash;
 
 /// What a transport says of one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
