@@ -1,3 +1,4 @@
+pub mod dev;
 pub mod directory;
 pub mod domain;
 pub mod grpc;
