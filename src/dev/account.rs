@@ -44,10 +44,7 @@ impl Account {
             return Ok(Account::Own);
         }
         let user = User::from_name(POSTGRES_USER)?.ok_or(AccountError::NoSuchUser)?;
-        Ok(Account::Other {
-            uid: user.uid.as_raw(),
-            gid: user.gid.as_raw(),
-        })
+        Ok(Account::Other { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
     }
 
     /// The user id that owns the cluster's files.
@@ -71,10 +68,7 @@ impl Account {
                 command.env_remove(name);
             }
         }
-        command
-            .current_dir(folder)
-            .process_group(0)
-            .env("LC_ALL", "C");
+        command.current_dir(folder).process_group(0).env("LC_ALL", "C");
         command
     }
 

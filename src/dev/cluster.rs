@@ -61,11 +61,7 @@ const SETTINGS: [(&str, &str); 13] = [
 ];
 
 /// For data that may be lost with the machine, as a test's may.
-const NOT_DURABLE: [(&str, &str); 3] = [
-    ("fsync", "off"),
-    ("synchronous_commit", "off"),
-    ("full_page_writes", "off"),
-];
+const NOT_DURABLE: [(&str, &str); 3] = [("fsync", "off"), ("synchronous_commit", "off"), ("full_page_writes", "off")];
 
 /// What kind of cluster, and where.
 #[derive(Clone, Debug)]
@@ -88,9 +84,7 @@ pub struct ClusterOptions {
 /// Why a cluster does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
-    #[error(
-        "the database in {folder} is in use by another process of ours ({owner}): stop that one first"
-    )]
+    #[error("the database in {folder} is in use by another process of ours ({owner}): stop that one first")]
     InUse { folder: PathBuf, owner: String },
     #[error("port {0} is taken by another program")]
     PortTaken(u16),
@@ -98,17 +92,9 @@ pub enum ClusterError {
         "the database in {folder} was made by PostgreSQL {made_by}, which is not installed (there is {found}): \
          install that version, or remove the folder to begin anew"
     )]
-    OtherVersion {
-        folder: PathBuf,
-        made_by: String,
-        found: Postgres,
-    },
+    OtherVersion { folder: PathBuf, made_by: String, found: Postgres },
     #[error("PostgreSQL did not start in {folder}: {why}\n{log}")]
-    NotStarted {
-        folder: PathBuf,
-        why: String,
-        log: String,
-    },
+    NotStarted { folder: PathBuf, why: String, log: String },
     #[error("PostgreSQL (process {pid}) in {folder} could not be stopped")]
     NotStopped { folder: PathBuf, pid: i32 },
     #[error("cannot use {path} for the database: {source}")]
@@ -141,12 +127,8 @@ impl Cluster {
         let folder = place(&options, account, progress)?;
         let lock = take_lock(&folder)?;
         let mut watchdog = Watchdog::start(&folder, options.keep).map_err(on(&folder))?;
-        leftover::clear(&folder.join("data"), progress).map_err(|pid| {
-            ClusterError::NotStopped {
-                folder: folder.clone(),
-                pid,
-            }
-        })?;
+        leftover::clear(&folder.join("data"), progress)
+            .map_err(|pid| ClusterError::NotStopped { folder: folder.clone(), pid })?;
         let password = password(&folder, account)?;
         let postgres = initialise(&folder, account, options.postgres.clone(), progress)?;
 
@@ -173,8 +155,7 @@ impl Cluster {
                         return Err(ClusterError::PortTaken(port));
                     }
                     // The last sessions of a server that was killed may need a moment to notice.
-                    let passing = log.contains("could not bind")
-                        || log.contains("pre-existing shared memory block");
+                    let passing = log.contains("could not bind") || log.contains("pre-existing shared memory block");
                     if !passing || tries == 0 {
                         return Err(ClusterError::NotStarted { folder, why, log });
                     }
@@ -204,11 +185,7 @@ impl Cluster {
 
     /// A line for a shell that opens a database.
     pub fn psql_line(&self, database: &str) -> String {
-        format!(
-            "{} '{}'",
-            self.postgres.psql().display(),
-            self.url(database)
-        )
+        format!("{} '{}'", self.postgres.psql().display(), self.url(database))
     }
 
     /// The port on loopback.
@@ -236,16 +213,9 @@ impl Cluster {
         let Some((mut server, watchdog)) = self.server.take() else {
             return Ok(());
         };
-        let signal = if self.keep {
-            Signal::SIGINT
-        } else {
-            Signal::SIGQUIT
-        };
+        let signal = if self.keep { Signal::SIGINT } else { Signal::SIGQUIT };
         if stop_server(&mut server, signal).is_none() {
-            return Err(ClusterError::NotStopped {
-                folder: self.folder.clone(),
-                pid: server.id().cast_signed(),
-            });
+            return Err(ClusterError::NotStopped { folder: self.folder.clone(), pid: server.id().cast_signed() });
         }
         watchdog.stopped().map_err(on(&self.folder))
     }
@@ -301,9 +271,7 @@ fn initialise(
         made.map_err(ClusterError::from)
     };
     match initdb("C.UTF-8") {
-        Err(ClusterError::Initdb(CommandError::Failed { output, .. }))
-            if output.contains("locale") =>
-        {
+        Err(ClusterError::Initdb(CommandError::Failed { output, .. })) if output.contains("locale") => {
             initdb("C")?;
         }
         done => done?,
@@ -361,10 +329,7 @@ fn wait_until_ready(server: &mut Child, folder: &Path) -> Result<(), String> {
         }
         std::thread::sleep(POLL);
     }
-    Err(format!(
-        "it was not ready after {} s",
-        START_LIMIT.as_secs()
-    ))
+    Err(format!("it was not ready after {} s", START_LIMIT.as_secs()))
 }
 
 /// Stops a child of ours, ever less politely; none if it cannot be stopped.
@@ -401,8 +366,5 @@ fn free_port(remembered: &Path) -> Option<u16> {
 
 pub(super) fn on(path: &Path) -> impl Fn(io::Error) -> ClusterError + use<> {
     let path = path.to_path_buf();
-    move |source| ClusterError::Folder {
-        path: path.clone(),
-        source,
-    }
+    move |source| ClusterError::Folder { path: path.clone(), source }
 }

@@ -14,11 +14,7 @@ const LOG_LIMIT: u64 = 8 << 20;
 
 /// The folder to use: the one asked for, or where PostgreSQL's user cannot get there (a checkout
 /// under `/root`), a folder of this checkout's own under `/var/tmp`.
-pub(super) fn place(
-    options: &ClusterOptions,
-    account: Account,
-    progress: Progress,
-) -> Result<PathBuf, ClusterError> {
+pub(super) fn place(options: &ClusterOptions, account: Account, progress: Progress) -> Result<PathBuf, ClusterError> {
     let wanted = options.data_dir.as_path();
     let parent = match wanted.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -32,14 +28,9 @@ pub(super) fn place(
         account.make_private_folder(&wanted).map_err(on(&wanted))?;
         return Ok(wanted);
     }
-    let key = uuid::Uuid::new_v5(
-        &uuid::Uuid::NAMESPACE_URL,
-        wanted.as_os_str().as_encoded_bytes(),
-    );
+    let key = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, wanted.as_os_str().as_encoded_bytes());
     let elsewhere = PathBuf::from(format!("/var/tmp/opsmantik-{}", key.simple()));
-    account
-        .make_private_folder(&elsewhere)
-        .map_err(on(&elsewhere))?;
+    account.make_private_folder(&elsewhere).map_err(on(&elsewhere))?;
     if !options.keep {
         return Ok(elsewhere);
     }
@@ -70,10 +61,7 @@ pub(super) fn take_lock(folder: &Path) -> Result<File, ClusterError> {
         Err(TryLockError::WouldBlock) => {
             let mut owner = String::new();
             lock.read_to_string(&mut owner).map_err(on(&path))?;
-            return Err(ClusterError::InUse {
-                folder: folder.to_path_buf(),
-                owner: owner.trim().to_owned(),
-            });
+            return Err(ClusterError::InUse { folder: folder.to_path_buf(), owner: owner.trim().to_owned() });
         }
         Err(TryLockError::Error(source)) => return Err(on(&path)(source)),
     }
@@ -91,13 +79,8 @@ pub(super) fn password(folder: &Path, account: Account) -> Result<String, Cluste
     }
     // A version 4 UUID: 122 random bits, and nothing that a URL would have to escape.
     let password = uuid::Uuid::new_v4().simple().to_string();
-    let mut file = OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(on(&path))?;
+    let mut file =
+        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path).map_err(on(&path))?;
     writeln!(file, "{password}").map_err(on(&path))?;
     account.give(&path).map_err(on(&path))?;
     Ok(password)
@@ -106,13 +89,7 @@ pub(super) fn password(folder: &Path, account: Account) -> Result<String, Cluste
 /// The log, at its end.
 pub(super) fn open_log(folder: &Path, account: Account) -> Result<File, ClusterError> {
     let path = folder.join("log");
-    let mut log = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .read(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(on(&path))?;
+    let mut log = OpenOptions::new().create(true).append(true).read(true).mode(0o600).open(&path).map_err(on(&path))?;
     account.give(&path).map_err(on(&path))?;
     if log.metadata().map_err(on(&path))?.len() > LOG_LIMIT {
         log.set_len(0).map_err(on(&path))?;

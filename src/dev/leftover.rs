@@ -25,10 +25,7 @@ pub(super) fn clear(data: &Path, progress: Progress) -> Result<(), i32> {
     let Ok(text) = fs::read_to_string(&pid_file) else {
         return Ok(());
     };
-    let pid: Option<i32> = text
-        .lines()
-        .next()
-        .and_then(|line| line.trim().parse().ok());
+    let pid: Option<i32> = text.lines().next().and_then(|line| line.trim().parse().ok());
     let Some(pid) = pid.filter(|pid| *pid > 1) else {
         return Ok(());
     };
@@ -36,10 +33,7 @@ pub(super) fn clear(data: &Path, progress: Progress) -> Result<(), i32> {
         Who::Ours => stop(pid, data, progress).then_some(()).ok_or(pid),
         // PostgreSQL sees for itself that a number is nobody's, but believes in one that is alive.
         Who::Stranger => {
-            progress.say(format!(
-                "  {} names process {pid}, which is another program: put aside",
-                pid_file.display()
-            ));
+            progress.say(format!("  {} names process {pid}, which is another program: put aside", pid_file.display()));
             // Where this fails PostgreSQL refuses to start, and says why.
             let _ = fs::remove_file(&pid_file);
             Ok(())
@@ -49,9 +43,7 @@ pub(super) fn clear(data: &Path, progress: Progress) -> Result<(), i32> {
 }
 
 fn stop(pid: i32, data: &Path, progress: Progress) -> bool {
-    let step = progress.step(format!(
-        "stopping the server that a killed process left behind (process {pid})"
-    ));
+    let step = progress.step(format!("stopping the server that a killed process left behind (process {pid})"));
     for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGKILL] {
         send(pid, signal);
         let limit = Instant::now() + STOP_LIMIT;
@@ -87,9 +79,7 @@ fn who_is(pid: i32, data: &Path) -> Who {
     let line = if cfg!(target_os = "linux") {
         fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()
     } else {
-        let listed = Command::new("ps")
-            .args(["-o", "args=", "-p", &pid.to_string()])
-            .output();
+        let listed = Command::new("ps").args(["-o", "args=", "-p", &pid.to_string()]).output();
         listed.map(|output| output.stdout).unwrap_or_default()
     };
     let line = String::from_utf8_lossy(&line).replace('\0', " ");

@@ -47,22 +47,14 @@ pub enum InstallError {
     #[error("{what} is missing, and there is no way to install it from here. By hand: {by_hand}")]
     NoWay { what: &'static str, by_hand: String },
     #[error("{what} is missing, and installing it failed. By hand: {by_hand}\n{source}")]
-    Failed {
-        what: &'static str,
-        by_hand: String,
-        source: CommandError,
-    },
+    Failed { what: &'static str, by_hand: String, source: CommandError },
 }
 
 impl Packages {
     /// Installs them, showing how it goes.
     pub fn install(&self, progress: Progress) -> Result<(), InstallError> {
         let step = format!("installing {}", self.what);
-        let failed = |source| InstallError::Failed {
-            what: self.what,
-            by_hand: self.by_hand(),
-            source,
-        };
+        let failed = |source| InstallError::Failed { what: self.what, by_hand: self.by_hand(), source };
         if runs("apt-get", &["--version"]) {
             let mut command = match privilege(progress) {
                 Some(Privilege::Root) => Command::new("sh"),
@@ -73,35 +65,23 @@ impl Packages {
                 }
                 None => return Err(self.no_way()),
             };
-            command
-                .args(["-c", APT_SCRIPT, "sh"])
-                .arg(APT_LOCK_SECONDS.to_string())
-                .args(self.apt);
+            command.args(["-c", APT_SCRIPT, "sh"]).arg(APT_LOCK_SECONDS.to_string()).args(self.apt);
             return progress.run(&step, &mut command).map_err(failed);
         }
         if !self.brew.is_empty() && !Uid::effective().is_root() && runs("brew", &["--version"]) {
             let mut command = Command::new("brew");
-            command
-                .env("HOMEBREW_NO_AUTO_UPDATE", "1")
-                .arg("install")
-                .args(self.brew);
+            command.env("HOMEBREW_NO_AUTO_UPDATE", "1").arg("install").args(self.brew);
             return progress.run(&step, &mut command).map_err(failed);
         }
         Err(self.no_way())
     }
 
     fn no_way(&self) -> InstallError {
-        InstallError::NoWay {
-            what: self.what,
-            by_hand: self.by_hand(),
-        }
+        InstallError::NoWay { what: self.what, by_hand: self.by_hand() }
     }
 
     fn by_hand(&self) -> String {
-        let apt = format!(
-            "`sudo apt-get install {}` (Debian, Ubuntu)",
-            self.apt.join(" ")
-        );
+        let apt = format!("`sudo apt-get install {}` (Debian, Ubuntu)", self.apt.join(" "));
         if self.brew.is_empty() {
             return apt;
         }
@@ -126,9 +106,7 @@ fn privilege(progress: Progress) -> Option<Privilege> {
     }
     progress.say("  sudo may ask for your password, to install a package:");
     let granted = Command::new("sudo").arg("-v").status();
-    granted
-        .is_ok_and(|status| status.success())
-        .then_some(Privilege::Sudo)
+    granted.is_ok_and(|status| status.success()).then_some(Privilege::Sudo)
 }
 
 /// Whether a program is there and succeeds.

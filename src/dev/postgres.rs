@@ -22,11 +22,7 @@ const BIN_VARIABLE: &str = "OPSMANTIK_PG_BIN";
 
 const PROGRAMS: [&str; 3] = ["postgres", "initdb", "pg_ctl"];
 
-const PACKAGES: Packages = Packages {
-    what: "the PostgreSQL server",
-    apt: &["postgresql"],
-    brew: &["postgresql@17"],
-};
+const PACKAGES: Packages = Packages { what: "the PostgreSQL server", apt: &["postgresql"], brew: &["postgresql@17"] };
 
 /// The server programs of one installed PostgreSQL.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,8 +126,8 @@ impl Postgres {
     /// where its companions are.
     fn at(folder: &Path) -> Result<Self, String> {
         let server = folder.join("postgres");
-        let server = fs::canonicalize(&server)
-            .map_err(|error| format!("{} is not there: {error}", server.display()))?;
+        let server =
+            fs::canonicalize(&server).map_err(|error| format!("{} is not there: {error}", server.display()))?;
         let bin = server.parent().unwrap_or(folder).to_path_buf();
         let mut majors = PROGRAMS.iter().map(|name| major_of(&bin.join(name)));
         let major = majors.next().unwrap_or(Err(String::new()))?;
@@ -153,17 +149,10 @@ impl fmt::Display for Postgres {
 /// The folders worth looking into, the preferred first.
 fn places() -> Vec<PathBuf> {
     let mut places = Vec::new();
-    for (above, below) in [
-        ("/usr/lib/postgresql", "bin"),
-        ("/Applications/Postgres.app/Contents/Versions", "bin"),
-    ] {
+    for (above, below) in [("/usr/lib/postgresql", "bin"), ("/Applications/Postgres.app/Contents/Versions", "bin")] {
         places.extend(subfolders(above, "").map(|version| version.join(below)));
     }
-    for above in [
-        "/opt/homebrew/opt",
-        "/usr/local/opt",
-        "/home/linuxbrew/.linuxbrew/opt",
-    ] {
+    for above in ["/opt/homebrew/opt", "/usr/local/opt", "/home/linuxbrew/.linuxbrew/opt"] {
         places.extend(subfolders(above, "postgresql").map(|formula| formula.join("bin")));
     }
     places.extend(subfolders("/usr", "pgsql-").map(|version| version.join("bin")));
@@ -179,9 +168,7 @@ fn places() -> Vec<PathBuf> {
 
 fn subfolders(above: &str, prefix: &'static str) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(above).into_iter().flatten().flatten();
-    entries
-        .filter(move |entry| entry.file_name().to_string_lossy().starts_with(prefix))
-        .map(|entry| entry.path())
+    entries.filter(move |entry| entry.file_name().to_string_lossy().starts_with(prefix)).map(|entry| entry.path())
 }
 
 /// The first folder on the PATH that has this program.
@@ -217,10 +204,7 @@ mod tests {
     #[test]
     fn versions_are_read_as_the_programs_write_them() {
         for (text, major) in [
-            (
-                "postgres (PostgreSQL) 15.16 (Debian 15.16-0+deb12u1)\n",
-                Some(15),
-            ),
+            ("postgres (PostgreSQL) 15.16 (Debian 15.16-0+deb12u1)\n", Some(15)),
             ("pg_ctl (PostgreSQL) 18beta1", Some(18)),
             ("initdb (PostgreSQL) 9.6.24", Some(9)),
             ("postgres 15", None),
@@ -241,13 +225,9 @@ mod tests {
         let write = |name: &str, version: &str| {
             // By a shell: were it written here, a test that forks meanwhile would hold it open,
             // and what is open for writing cannot be run.
-            let script =
-                "printf '#!/bin/sh\\necho \"%s (PostgreSQL) %s\"\\n' $2 $3 >$1; chmod 755 $1";
-            let written = Command::new("sh")
-                .args(["-c", script, "sh"])
-                .arg(real.join(name))
-                .args([name, version])
-                .status();
+            let script = "printf '#!/bin/sh\\necho \"%s (PostgreSQL) %s\"\\n' $2 $3 >$1; chmod 755 $1";
+            let written =
+                Command::new("sh").args(["-c", script, "sh"]).arg(real.join(name)).args([name, version]).status();
             assert!(written.is_ok_and(|status| status.success()));
         };
         write("postgres", "16.2");
@@ -259,10 +239,7 @@ mod tests {
         symlink(real.join("postgres"), linked.join("postgres")).expect("a link can be made");
         let found = Postgres::at(&linked).expect("the link leads to a whole folder");
         assert_eq!(found.major(), 16);
-        assert_eq!(
-            found.program("initdb"),
-            fs::canonicalize(real.join("initdb")).expect("it was written above"),
-        );
+        assert_eq!(found.program("initdb"), fs::canonicalize(real.join("initdb")).expect("it was written above"),);
         fs::remove_dir_all(&folder).expect("it is ours");
     }
 }

@@ -36,26 +36,15 @@ pub enum Progress {
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     #[error("cannot run {program}: {source}")]
-    NotRun {
-        program: String,
-        source: std::io::Error,
-    },
+    NotRun { program: String, source: std::io::Error },
     #[error("{program} failed ({status}):\n{output}")]
-    Failed {
-        program: String,
-        status: std::process::ExitStatus,
-        output: String,
-    },
+    Failed { program: String, status: std::process::ExitStatus, output: String },
 }
 
 impl Progress {
     /// Progress on stderr, in the manner that suits what stderr is.
     pub fn stderr() -> Self {
-        if std::io::stderr().is_terminal() {
-            Progress::Terminal
-        } else {
-            Progress::Log
-        }
+        if std::io::stderr().is_terminal() { Progress::Terminal } else { Progress::Log }
     }
 
     /// Says one line that stays.
@@ -110,31 +99,18 @@ impl Progress {
                 }))
             }
         };
-        Step {
-            progress: self,
-            what,
-            began,
-            news: Some(news),
-            drawer,
-            succeeded: false,
-        }
+        Step { progress: self, what, began, news: Some(news), drawer, succeeded: false }
     }
 
     /// Runs a program as a step: shows the last line it wrote, and keeps the end of its output
     /// for the error. It gets no stdin.
     pub fn run(self, what: &str, command: &mut Command) -> Result<(), CommandError> {
         let program = command.get_program().to_string_lossy().into_owned();
-        let not_run = |source| CommandError::NotRun {
-            program: program.clone(),
-            source,
-        };
+        let not_run = |source| CommandError::NotRun { program: program.clone(), source };
         let step = self.step(what);
         // One pipe for both, so that an error stands where it was written.
         let (output, both) = std::io::pipe().map_err(not_run)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(both.try_clone().map_err(not_run)?)
-            .stderr(both);
+        command.stdin(Stdio::null()).stdout(both.try_clone().map_err(not_run)?).stderr(both);
         let mut child = command.spawn().map_err(not_run)?;
         // The command holds our ends of the pipe, and without them closed it never ends.
         command.stdout(Stdio::null()).stderr(Stdio::null());
@@ -159,11 +135,7 @@ impl Progress {
             step.done();
             return Ok(());
         }
-        Err(CommandError::Failed {
-            program: program.clone(),
-            status,
-            output: Vec::from(kept).join("\n"),
-        })
+        Err(CommandError::Failed { program: program.clone(), status, output: Vec::from(kept).join("\n") })
     }
 }
 
@@ -201,8 +173,7 @@ impl Drop for Step {
         }
         let mark = if self.succeeded { "✓" } else { "✗" };
         let seconds = self.began.elapsed().as_secs_f32();
-        self.progress
-            .say(format!("  {mark} {} ({seconds:.1} s)", self.what));
+        self.progress.say(format!("  {mark} {} ({seconds:.1} s)", self.what));
     }
 }
 
@@ -214,10 +185,7 @@ pub(crate) fn write_stderr(text: &str) {
 }
 
 fn cut(line: &str) -> String {
-    line.chars()
-        .filter(|c| !c.is_control())
-        .take(LINE_WIDTH)
-        .collect()
+    line.chars().filter(|c| !c.is_control()).take(LINE_WIDTH).collect()
 }
 
 #[cfg(test)]
@@ -227,9 +195,8 @@ mod tests {
     #[test]
     fn a_failing_program_is_told_with_the_end_of_what_it_wrote() {
         let script = "for i in $(seq 1 100); do echo line $i; done; printf 'why \\377' >&2; exit 3";
-        let error = Progress::Silent
-            .run("fail", Command::new("sh").args(["-c", script]))
-            .expect_err("exit 3 is a failure");
+        let error =
+            Progress::Silent.run("fail", Command::new("sh").args(["-c", script])).expect_err("exit 3 is a failure");
         let text = error.to_string();
         assert!(text.contains("why"), "{text}");
         assert!(text.contains("line 100"), "{text}");

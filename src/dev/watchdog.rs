@@ -62,11 +62,7 @@ pub(super) struct Watchdog {
 impl Watchdog {
     /// Starts watching this process for the cluster in `folder`.
     pub fn start(folder: &Path, keep: bool) -> io::Result<Self> {
-        let (signal, fate) = if keep {
-            ("INT", "keep")
-        } else {
-            ("QUIT", "remove")
-        };
+        let (signal, fate) = if keep { ("INT", "keep") } else { ("QUIT", "remove") };
         let mut shell = Command::new("/bin/sh")
             .args(["-c", SCRIPT, "opsmantik-watchdog"])
             .arg(folder)

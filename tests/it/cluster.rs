@@ -24,10 +24,7 @@ const OWNED: &str = "OPSMANTIK_TEST_OWNED_CLUSTER";
 async fn the_shared_cluster_answers_and_is_ready_for_logical_decoding() {
     let client = connect(&cluster().await.url("postgres")).await;
     let row = client
-        .query_one(
-            "SELECT 1, current_setting('wal_level'), current_setting('fsync')",
-            &[],
-        )
+        .query_one("SELECT 1, current_setting('wal_level'), current_setting('fsync')", &[])
         .await
         .expect("the cluster answers");
     assert_eq!(row.get::<_, i32>(0), 1);
@@ -41,26 +38,17 @@ async fn a_kept_cluster_opens_again_with_its_data_its_port_and_its_password() {
     let first = start(place.kept()).await.expect("a new cluster starts");
     let url = first.url("postgres");
     let password = first.folder().join("password");
-    let mode = fs::metadata(&password)
-        .expect("there is a password")
-        .permissions()
-        .mode();
+    let mode = fs::metadata(&password).expect("there is a password").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     leave_a_mark(&url).await;
     first.stop().expect("it stops");
-    assert!(
-        tokio_postgres::connect(&url, NoTls).await.is_err(),
-        "it is stopped"
-    );
+    assert!(tokio_postgres::connect(&url, NoTls).await.is_err(), "it is stopped");
 
     let second = start(place.kept()).await.expect("it starts again");
     assert_eq!(second.url("postgres"), url);
     assert!(mark_is_there(&url).await);
     let wrong = url.replace("opsmantik:", "opsmantik:x");
-    assert!(
-        tokio_postgres::connect(&wrong, NoTls).await.is_err(),
-        "the password counts"
-    );
+    assert!(tokio_postgres::connect(&wrong, NoTls).await.is_err(), "the password counts");
 }
 
 #[tokio::test]
@@ -68,10 +56,7 @@ async fn a_port_that_is_taken_is_named_or_another_is_found() {
     let place = Place::new();
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("some port is free");
     let port = taken.local_addr().expect("it is bound").port();
-    let asked = ClusterOptions {
-        port: Some(port),
-        ..place.kept()
-    };
+    let asked = ClusterOptions { port: Some(port), ..place.kept() };
     match start(asked).await {
         Err(ClusterError::PortTaken(named)) => assert_eq!(named, port),
         other => panic!("the port is taken, but: {other:?}"),
@@ -106,25 +91,15 @@ async fn a_server_without_an_owner_is_taken_over() {
         .command(&postgres().program("postgres"), &place.folder)
         .arg("-D")
         .arg(place.folder.join("data"))
-        .args([
-            "-c",
-            &format!("port={port}"),
-            "-c",
-            "listen_addresses=127.0.0.1",
-        ])
+        .args(["-c", &format!("port={port}"), "-c", "listen_addresses=127.0.0.1"])
         .args(["-c", "unix_socket_directories="])
         .stderr(Stdio::null())
         .spawn()
         .expect("the server can be run by hand");
-    eventually("the orphan listens", || {
-        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok()
-    });
+    eventually("the orphan listens", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok());
 
     let second = start(place.kept()).await.expect("it is taken over");
-    assert!(
-        orphan.wait().expect("it was our child").success(),
-        "it was stopped in order"
-    );
+    assert!(orphan.wait().expect("it was our child").success(), "it was stopped in order");
     assert_ne!(second.pid(), Some(orphan.id()));
     assert!(mark_is_there(&second.url("postgres")).await);
 }
@@ -138,11 +113,7 @@ async fn a_pid_file_that_names_a_stranger_is_put_aside_and_the_stranger_lives() 
     let pid = first.pid().expect("it runs").to_string();
     first.stop().expect("it stops");
     let account = Account::for_cluster().expect("there is an account");
-    let mut stranger = account
-        .command(Path::new("/bin/sleep"), Path::new("/"))
-        .arg("600")
-        .spawn()
-        .expect("sleep runs");
+    let mut stranger = account.command(Path::new("/bin/sleep"), Path::new("/")).arg("600").spawn().expect("sleep runs");
     let stale = text.replacen(&pid, &stranger.id().to_string(), 1);
     fs::write(&pid_file, stale).expect("the data folder is writable");
 
@@ -262,9 +233,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let name = format!("opsmantik-kept-{}", uuid::Uuid::new_v4().simple());
-        Place {
-            folder: std::env::temp_dir().join(name),
-        }
+        Place { folder: std::env::temp_dir().join(name) }
     }
 
     fn kept(&self) -> ClusterOptions {
@@ -280,12 +249,7 @@ impl Drop for Place {
 }
 
 fn kept(folder: &Path) -> ClusterOptions {
-    ClusterOptions {
-        data_dir: folder.to_path_buf(),
-        durable: true,
-        keep: true,
-        ..throw_away(postgres())
-    }
+    ClusterOptions { data_dir: folder.to_path_buf(), durable: true, keep: true, ..throw_away(postgres()) }
 }
 
 fn postgres() -> Postgres {
@@ -293,15 +257,11 @@ fn postgres() -> Postgres {
 }
 
 async fn start(options: ClusterOptions) -> Result<Cluster, ClusterError> {
-    tokio::task::spawn_blocking(|| Cluster::start(options, Progress::Silent))
-        .await
-        .expect("starting does not panic")
+    tokio::task::spawn_blocking(|| Cluster::start(options, Progress::Silent)).await.expect("starting does not panic")
 }
 
 async fn connect(url: &str) -> Client {
-    let (client, connection) = tokio_postgres::connect(url, NoTls)
-        .await
-        .expect("the cluster accepts connections");
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("the cluster accepts connections");
     tokio::spawn(connection);
     client
 }
