@@ -1,1 +1,11 @@
+pub mod config;
+pub mod dev;
+pub mod directory;
 pub mod domain;
+pub mod grpc;
+pub mod http;
+pub mod keeper;
+pub mod pipeline;
+pub mod queue;
+pub mod store;
+pub mod telemetry;

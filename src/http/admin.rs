@@ -9,17 +9,21 @@ use axum::Router;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use chrono::Utc;
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use serde_json::json;
 use tokio::time::timeout;
 
 use super::answer::{Problem, json_response};
+use crate::domain::month::Month;
 use crate::store::Store;
 use crate::telemetry;
 
 /// A readiness that comes later than this is none.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// This month and the next have to be there. The keeper makes more, and has that long to do it.
+const MONTHS_NEEDED: i32 = 1;
 
 /// What the operator's listener looks at.
 #[derive(Clone)]
@@ -48,7 +52,7 @@ async fn readyz(State(state): State<AdminState>) -> Response {
 }
 
 async fn reasons(store: &Store) -> Vec<String> {
-    let readiness = match timeout(PATIENCE, store.readiness()).await {
+    let readiness = match timeout(PATIENCE, store.readiness(Month::of(Utc::now()), MONTHS_NEEDED)).await {
         Err(_) => return vec![format!("database: no answer within {} s", PATIENCE.as_secs())],
         Ok(Err(error)) => {
             tracing::warn!(error = &error as &dyn std::error::Error, "not ready: the database is away");

@@ -46,7 +46,7 @@ mod worker;
 /// Requests answered, by route and status.
 pub const REQUESTS: &str = "opsmantik_http_requests_total";
 /// Time from the head of a request to its answer, seconds, by route.
-pub const DURATION: &str = "opsmantik_http_request_duration_seconds";
+pub const SECONDS: &str = "opsmantik_http_request_seconds";
 
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
@@ -95,7 +95,7 @@ async fn measured(request: Request, next: Next) -> Response {
     };
     let response = next.run(request).await;
     metrics::counter!(REQUESTS, "route" => route, "status" => response.status().as_str().to_owned()).increment(1);
-    metrics::histogram!(DURATION, "route" => route).record(began.elapsed().as_secs_f64());
+    metrics::histogram!(SECONDS, "route" => route).record(began.elapsed().as_secs_f64());
     response
 }
 

@@ -17,7 +17,7 @@ use crate::domain::event::{Arrival, Event};
 use crate::domain::id::{DeadLetterId, EventId, SiteId};
 use crate::domain::outcome::{DeathReason, Unavailable};
 use crate::queue::job::Job;
-use crate::store::DeadLetter;
+use crate::store::dead_letters::DeadLetter;
 
 /// Most bytes of a delivery: QStash's own limit.
 const MAX_DELIVERY: usize = 1 << 20;

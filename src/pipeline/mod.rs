@@ -16,9 +16,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::domain::event::Event;
 use crate::domain::outcome::{Outcome, Unavailable};
+use crate::keeper::Nudge;
 use crate::store::Store;
 use crate::telemetry;
 
+mod batch;
 mod writer;
 
 /// Bounds of the pipeline.
@@ -61,7 +63,7 @@ const PERMIT_BYTES: usize = 256;
 
 impl Pipeline {
     /// Starts the writers. They end when [`Pipeline::drain`] is called.
-    pub fn start(store: Store, config: PipelineConfig) -> Self {
+    pub fn start(store: Store, keeper: Nudge, config: PipelineConfig) -> Self {
         // The channel needs no bound of its own: nothing enters it without permits of the room.
         let (door, waiting) = mpsc::unbounded_channel();
         let waiting = Arc::new(Mutex::new(waiting));
@@ -72,7 +74,7 @@ impl Pipeline {
             closing: tokio_util::sync::CancellationToken::new(),
         };
         for _ in 0..config.writers.max(1) {
-            let writer = writer::Writer::new(store.clone(), config);
+            let writer = writer::Writer::new(store.clone(), keeper.clone(), config);
             pipeline.writers.spawn(write_until_closed(writer, waiting.clone(), config, pipeline.closing.clone()));
         }
         pipeline.writers.close();

@@ -1,4 +1,4 @@
-//! The job: an accepted event on its way through a queue.
+//! The job: an accepted event on its way through a queue, and in a dead letter.
 //!
 //! It carries the whole [`Event`], so the worker needs nothing of the request that brought it: the id makes a second delivery harmless,
 //! and `received_at` (taken at the edge) puts a late delivery into the month where it belongs. `v` is raised when a reader of today
@@ -52,6 +52,11 @@ impl<'a> Job<'a> {
 }
 
 impl Job<'static> {
+    /// A job that owns its event.
+    pub fn new(event: Event) -> Self {
+        Self { v: VERSION, event: Cow::Owned(event) }
+    }
+
     /// Reads a job and checks what only the reader can know: that it did not arrive after now, or before anybody cared.
     pub fn event_from_json(text: &str, now: DateTime<Utc>) -> Result<Event, NotAJob> {
         // The version first: a later job may look different altogether.

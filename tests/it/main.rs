@@ -1,1 +1,8 @@
-fn main() {}
+//! The whole system against a real PostgreSQL: one binary, one file a behaviour.
+
+mod cluster;
+mod merge;
+mod pipeline;
+mod schema;
+mod statements;
+mod support;

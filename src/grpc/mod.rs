@@ -1,0 +1,3 @@
+//! The internal door: tonic services over the typed contract in `proto/`.
+
+pub mod proto;

@@ -1,0 +1,151 @@
+//! One writer: takes a batch, makes every event durable or says why not.
+//!
+//! A batch is written in one transaction a month of arrival. Conflicts and lost connections are tried again within the patience. A batch that
+//! PostgreSQL refuses is halved until the poisonous event stands alone; that one goes to `dead_letters`, its neighbours are stored.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout_at;
+
+use super::PipelineConfig;
+use super::batch;
+use crate::domain::event::Event;
+use crate::domain::id::DeadLetterId;
+use crate::domain::month::Month;
+use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
+use crate::keeper::Nudge;
+use crate::store::Store;
+use crate::store::dead_letters::DeadLetter;
+use crate::store::error::{Fault, StoreError};
+use crate::telemetry;
+
+/// Pauses between the tries of a batch while the database is away.
+const PAUSES: [Duration; 4] =
+    [Duration::from_millis(20), Duration::from_millis(100), Duration::from_millis(400), Duration::from_millis(1500)];
+/// A conflict is tried again at once, this often.
+const CONFLICT_TRIES: usize = 10;
+
+#[derive(Clone)]
+pub(super) struct Writer {
+    store: Store,
+    keeper: Nudge,
+    config: PipelineConfig,
+}
+
+/// Events of one batch, by their place in it.
+type Group = Vec<(usize, Event)>;
+
+impl Writer {
+    pub(super) fn new(store: Store, keeper: Nudge, config: PipelineConfig) -> Self {
+        Self { store, keeper, config }
+    }
+
+    /// One outcome an event, in the order of `events`.
+    pub(super) async fn write(&self, events: Vec<Event>) -> Vec<Outcome> {
+        let started = Instant::now();
+        metrics::histogram!(telemetry::BATCH_EVENTS).record(events.len() as f64);
+        let mut outcomes = vec![Outcome::Unavailable(Unavailable::Database); events.len()];
+        let mut by_month: BTreeMap<Month, Group> = BTreeMap::new();
+        for (place, event) in events.into_iter().enumerate() {
+            by_month.entry(event.arrival_month()).or_default().push((place, event));
+        }
+        let deadline = tokio::time::Instant::now() + self.config.patience;
+        for group in by_month.into_values() {
+            self.settle(group, deadline, &mut outcomes).await;
+        }
+        metrics::histogram!(telemetry::BATCH_SECONDS).record(started.elapsed());
+        outcomes
+    }
+
+    /// Writes a group, halving it around what the database refuses.
+    async fn settle(&self, group: Group, deadline: tokio::time::Instant, outcomes: &mut [Outcome]) {
+        let mut groups = vec![group];
+        while let Some(mut group) = groups.pop() {
+            let written = self.write_patiently(&group, deadline).await;
+            match written {
+                Ok(results) => {
+                    for ((place, _), outcome) in group.iter().zip(results) {
+                        outcomes[*place] = outcome;
+                    }
+                }
+                Err(error) => match (error.fault, group.len()) {
+                    (Fault::Refused | Fault::UnknownSite | Fault::MissingPartition, 2..) => {
+                        groups.push(group.split_off(group.len() / 2));
+                        groups.push(group);
+                    }
+                    (fault, _) => {
+                        for (place, event) in group {
+                            outcomes[place] = self.give_up(event, fault, &error).await;
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Writes a group in one transaction, again and again while that may help.
+    async fn write_patiently(&self, group: &Group, deadline: tokio::time::Instant) -> Result<Vec<Outcome>, StoreError> {
+        let events: Vec<&Event> = group.iter().map(|(_, event)| event).collect();
+        let mut pauses = PAUSES.iter();
+        let mut conflicts = 0;
+        loop {
+            let written = timeout_at(deadline, batch::write(&self.store, &events)).await;
+            let error = match written {
+                Ok(Ok(outcomes)) => return Ok(outcomes),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(StoreError::too_slow("write batch")),
+            };
+            let pause = match error.fault {
+                Fault::Conflict if conflicts < CONFLICT_TRIES => {
+                    conflicts += 1;
+                    Duration::from_millis(rand::random_range(1..=10))
+                }
+                Fault::Away => match pauses.next() {
+                    Some(pause) => *pause,
+                    None => return Err(error),
+                },
+                _ => return Err(error),
+            };
+            metrics::counter!(telemetry::BATCH_RETRIES_TOTAL, "fault" => format!("{:?}", error.fault)).increment(1);
+            tracing::warn!(%error, events = group.len(), "a batch is tried again");
+            if tokio::time::Instant::now() + pause >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn give_up(&self, event: Event, fault: Fault, error: &StoreError) -> Outcome {
+        let reason = match fault {
+            Fault::Away | Fault::Conflict => return Outcome::Unavailable(Unavailable::Database),
+            Fault::MissingPartition => {
+                self.keeper.wake();
+                return Outcome::Unavailable(Unavailable::Partition);
+            }
+            Fault::UnknownSite => DeathReason::UnknownSite,
+            Fault::Refused => DeathReason::RefusedByDatabase,
+        };
+        let payload = serde_json::to_string(&crate::queue::job::Job::new(event.clone())).unwrap_or_default();
+        let letter = DeadLetter {
+            id: DeadLetterId::derived(format!("{} {}", event.site_id, event.id).as_bytes()),
+            site_id: Some(event.site_id),
+            event_id: Some(event.id),
+            source: "pipeline",
+            reason,
+            detail: error.to_string(),
+            payload,
+            received_at: event.received_at,
+        };
+        match self.store.bury(&letter).await {
+            Ok(()) => {
+                tracing::warn!(event.id = %event.id, site.id = %event.site_id, reason = reason.code(), %error, "an event died");
+                Outcome::Dead(reason)
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot keep a dead letter");
+                Outcome::Unavailable(Unavailable::Database)
+            }
+        }
+    }
+}

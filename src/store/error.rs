@@ -1,0 +1,91 @@
+//! What can go wrong in the store, as a closed set, with the operation that failed.
+//!
+//! The class is chosen by SQLSTATE, in this one place. The layers above decide by [`Fault`] only; the source stays for the log.
+
+use std::fmt;
+
+use tokio_postgres::error::SqlState;
+
+/// What a failure means for the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The database is away, full, read-only, too slow, or not (yet) what we expect. Try again later.
+    Away,
+    /// Another transaction was in the way (serialization, deadlock, lock time-out). Try again at once.
+    Conflict,
+    /// The row's month has no partition.
+    MissingPartition,
+    /// The row's site does not exist.
+    UnknownSite,
+    /// PostgreSQL will never take this row.
+    Refused,
+}
+
+/// A failed operation of the store.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation}: {detail}")]
+pub struct StoreError {
+    /// The statement or step.
+    pub operation: &'static str,
+    pub fault: Fault,
+    /// SQLSTATE and PostgreSQL's message, without the row's values.
+    pub detail: Detail,
+    #[source]
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// A short account of a failure that may be logged and kept.
+#[derive(Debug, Clone)]
+pub struct Detail(String);
+
+impl fmt::Display for Detail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl StoreError {
+    pub(super) fn of(operation: &'static str, error: tokio_postgres::Error) -> Self {
+        let detail = match error.as_db_error() {
+            Some(db) => format!("{} {}", db.code().code(), db.message()),
+            None => error.to_string(),
+        };
+        Self { operation, fault: classify(&error), detail: Detail(detail), source: Some(Box::new(error)) }
+    }
+
+    pub(super) fn away(operation: &'static str, why: impl fmt::Display) -> Self {
+        Self { operation, fault: Fault::Away, detail: Detail(why.to_string()), source: None }
+    }
+
+    /// An operation that outlasted its caller's patience.
+    pub fn too_slow(operation: &'static str) -> Self {
+        Self::away(operation, "no answer in time")
+    }
+
+    /// A row that our own code cannot read back: the schema is not the one this program was built for.
+    pub(super) fn unreadable(operation: &'static str, why: impl fmt::Display) -> Self {
+        Self::away(operation, format_args!("unreadable row: {why}"))
+    }
+}
+
+fn classify(error: &tokio_postgres::Error) -> Fault {
+    let Some(db) = error.as_db_error() else { return Fault::Away };
+    let code = db.code();
+    if *code == SqlState::T_R_SERIALIZATION_FAILURE
+        || *code == SqlState::T_R_DEADLOCK_DETECTED
+        || *code == SqlState::LOCK_NOT_AVAILABLE
+    {
+        return Fault::Conflict;
+    }
+    if *code == SqlState::CHECK_VIOLATION && db.constraint().is_none() && db.message().starts_with("no partition") {
+        return Fault::MissingPartition;
+    }
+    if *code == SqlState::FOREIGN_KEY_VIOLATION && db.constraint().is_some_and(|name| name.contains("site_id_fkey")) {
+        return Fault::UnknownSite;
+    }
+    match code.code().get(..2) {
+        // Data exceptions, integrity constraints, RAISE in a trigger, limits such as an index entry's size.
+        Some("22" | "23" | "P0" | "54") => Fault::Refused,
+        _ => Fault::Away,
+    }
+}

@@ -1,0 +1,124 @@
+//! `events`: the action log. The primary key makes a second copy of an event change nothing.
+
+use std::collections::HashSet;
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::error::StoreError;
+use super::statement::Months;
+use super::transaction::Transaction;
+use crate::domain::event::Event;
+use crate::domain::id::{EventId, SessionKey, SiteId};
+use crate::domain::month::Month;
+
+crate::statement!(
+    INSERT_EVENTS,
+    Months::Rows(2),
+    [
+        UUID_ARRAY,
+        DATE_ARRAY,
+        UUID_ARRAY,
+        UUID_ARRAY,
+        TIMESTAMPTZ_ARRAY,
+        TIMESTAMPTZ_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        FLOAT8_ARRAY,
+        INT4_ARRAY,
+        INT2_ARRAY,
+        JSONB_ARRAY,
+    ],
+    "INSERT INTO public.events (site_id, session_month, id, session_id, created_at, occurred_at, url, referrer, \
+     event_category, event_action, event_label, event_value, signals, lead_score, metadata) \
+     SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) \
+     ON CONFLICT (site_id, session_month, id) DO NOTHING \
+     RETURNING site_id, session_month, id"
+);
+
+crate::statement!(
+    EVENTS_OF_SESSION,
+    Months::In(&[2]),
+    [UUID, DATE, UUID, INT8],
+    "SELECT id, created_at, event_category, event_action, event_label, event_value, lead_score \
+     FROM public.events WHERE site_id = $1 AND session_month = $2 AND session_id = $3 \
+     ORDER BY created_at, occurred_at, id LIMIT $4"
+);
+
+/// The primary key of an event.
+pub type EventKey = (SiteId, Month, EventId);
+
+/// Inserts events, each into the month of its session, and tells which were new. `events` are sorted and distinct by [`EventKey`].
+pub async fn insert(tx: &Transaction<'_>, events: &[(SessionKey, &Event)]) -> Result<HashSet<EventKey>, StoreError> {
+    fn column<'e, T>(events: &[(SessionKey, &'e Event)], pick: impl Fn(&SessionKey, &'e Event) -> T) -> Vec<T> {
+        events.iter().map(|(key, event)| pick(key, event)).collect()
+    }
+    let rows = tx
+        .query(
+            &INSERT_EVENTS,
+            &[
+                &column(events, |key, _| key.site_id.as_uuid()),
+                &column(events, |key, _| key.month.first_day()),
+                &column(events, |_, event| event.id.as_uuid()),
+                &column(events, |key, _| key.id.as_uuid()),
+                &column(events, |_, event| event.received_at),
+                &column(events, |_, event| event.occurred_at),
+                &column(events, |_, event| event.url.as_str()),
+                &column(events, |_, event| event.referrer.as_deref()),
+                &column(events, |_, event| event.category.as_str()),
+                &column(events, |_, event| event.action.as_str()),
+                &column(events, |_, event| event.label.as_deref()),
+                &column(events, |_, event| event.value),
+                &column(events, |_, event| event.signals.bits()),
+                &column(events, |_, event| i16::from(event.signals.score().get())),
+                &column(events, |_, event| Value::Object(event.metadata.clone())),
+            ],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let unreadable = |error| StoreError::unreadable(INSERT_EVENTS.name, error);
+            let site: Uuid = row.try_get(0).map_err(unreadable)?;
+            let month = row.try_get(1).map_err(unreadable)?;
+            let id: Uuid = row.try_get(2).map_err(unreadable)?;
+            Ok((SiteId::from_uuid(site), Month::containing(month), EventId::from_uuid(id)))
+        })
+        .collect()
+}
+
+/// An event as a reader of a session sees it.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct StoredEvent {
+    pub id: EventId,
+    pub created_at: DateTime<Utc>,
+    pub event_category: String,
+    pub event_action: String,
+    pub event_label: Option<String>,
+    pub event_value: Option<f64>,
+    pub lead_score: i16,
+}
+
+/// The events of a session in the order of their arrival.
+pub async fn of_session(tx: &Transaction<'_>, key: SessionKey, limit: i64) -> Result<Vec<StoredEvent>, StoreError> {
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+        [&key.site_id.as_uuid(), &key.month.first_day(), &key.id.as_uuid(), &limit];
+    let rows = tx.query(&EVENTS_OF_SESSION, &params).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(StoredEvent {
+                id: EventId::from_uuid(row.try_get(0)?),
+                created_at: row.try_get(1)?,
+                event_category: row.try_get(2)?,
+                event_action: row.try_get(3)?,
+                event_label: row.try_get(4)?,
+                event_value: row.try_get(5)?,
+                lead_score: row.try_get(6)?,
+            })
+        })
+        .collect::<Result<_, tokio_postgres::Error>>()
+        .map_err(|error| StoreError::unreadable(EVENTS_OF_SESSION.name, error))
+}

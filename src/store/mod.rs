@@ -1,0 +1,62 @@
+//! The repository: all SQL of the program, one file a table, addressed by keys that contain the month.
+//!
+//! A function here runs one declared [`statement`] in a [`transaction`] that the caller owns, and speaks in domain types. Only
+//! [`error::Fault`] tells the layers above what a failure means.
+
+use std::time::Duration;
+
+pub mod ads_history;
+pub mod dead_letters;
+pub mod error;
+pub mod events;
+pub mod locks;
+pub mod migrate;
+pub mod partitions;
+pub mod pool;
+pub mod sessions;
+pub mod sites;
+pub mod statement;
+pub mod transaction;
+
+use error::StoreError;
+use pool::Manager;
+use transaction::{Purpose, Transaction};
+
+/// The database, by a bounded pool of connections. Clones share it.
+#[derive(Clone)]
+pub struct Store {
+    pool: bb8::Pool<Manager>,
+    manager: Manager,
+}
+
+/// No operation on the pool waits longer than this for a connection.
+const CONNECTION_WAIT: Duration = Duration::from_secs(2);
+
+impl Store {
+    /// A store for a connection string; connects when it is first used.
+    pub async fn new(url: &str, connections: u32) -> anyhow::Result<Self> {
+        let manager = Manager::new(url)?;
+        Ok(Self { pool: pool::pool(manager.clone(), connections).await?, manager })
+    }
+
+    /// Opens a transaction under the role of its purpose.
+    pub async fn begin(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
+        let connection = tokio::time::timeout(CONNECTION_WAIT, self.pool.get())
+            .await
+            .map_err(|_| StoreError::away("connect", "no connection became free in time"))?
+            .map_err(|error| match error {
+                bb8::RunError::User(error) => StoreError::of("connect", error),
+                bb8::RunError::TimedOut => StoreError::away("connect", "no connection became free in time"),
+            })?;
+        Transaction::begin(connection, purpose).await
+    }
+
+    /// Whether the database answers under our own role.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let transaction = self.begin(Purpose::Serve).await?;
+        transaction.query(&PING, &[]).await?;
+        transaction.commit().await
+    }
+}
+
+crate::statement!(PING, statement::Months::None, [], "SELECT 1");

@@ -1,0 +1,190 @@
+//! Connections: TLS by `sslmode`, a bound on their number, and none returned in the middle of a transaction.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio_postgres::config::SslMode;
+use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::error::StoreError;
+
+/// A connection and whether a transaction is open on it.
+pub struct Connection {
+    client: Client,
+    in_transaction: AtomicBool,
+}
+
+impl Connection {
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    pub(super) fn set_in_transaction(&self, open: bool) {
+        self.in_transaction.store(open, Ordering::Relaxed);
+    }
+}
+
+/// Opens connections for the pool.
+#[derive(Clone)]
+pub struct Manager {
+    config: Config,
+    tls: Option<MakeRustlsConnect>,
+}
+
+/// The connection string cannot be used. It never repeats the string: there is a password in it.
+#[derive(Debug, thiserror::Error)]
+pub enum UrlError {
+    #[error("DATABASE_URL is not a PostgreSQL connection string: {0}")]
+    Syntax(tokio_postgres::Error),
+    #[error("DATABASE_URL: {0}")]
+    Tls(String),
+}
+
+impl Manager {
+    /// `sslmode` is one of `disable`, `prefer` (as libpq: the server decides, the certificate is not asked for), `require` (as `prefer`, but
+    /// never in the clear), `verify-ca` and `verify-full` (both verify chain and name), with the system's or `SSL_CERT_FILE`'s roots.
+    pub fn new(url: &str) -> Result<Self, UrlError> {
+        let (url, verify) = take_verify(url);
+        let mut config = Config::from_str(&url).map_err(UrlError::Syntax)?;
+        config.application_name(config.get_application_name().map_or_else(|| "opsmantik".to_owned(), str::to_owned));
+        config.connect_timeout(Duration::from_secs(3));
+        config.keepalives_idle(Duration::from_secs(30));
+        config.tcp_user_timeout(Duration::from_secs(10));
+        let tls = match config.get_ssl_mode() {
+            SslMode::Disable => None,
+            _ => Some(MakeRustlsConnect::new(client_tls(verify)?)),
+        };
+        Ok(Self { config, tls })
+    }
+
+    /// A connection outside the pool, for migrations.
+    pub(super) async fn open(&self) -> Result<Client, tokio_postgres::Error> {
+        match &self.tls {
+            None => {
+                let (client, connection) = self.config.connect(NoTls).await?;
+                tokio::spawn(async move { log_end(connection.await) });
+                Ok(client)
+            }
+            Some(tls) => {
+                let (client, connection) = self.config.connect(tls.clone()).await?;
+                tokio::spawn(async move { log_end(connection.await) });
+                Ok(client)
+            }
+        }
+    }
+}
+
+fn log_end(ended: Result<(), tokio_postgres::Error>) {
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a database connection ended");
+    }
+}
+
+impl bb8::ManageConnection for Manager {
+    type Connection = Connection;
+    type Error = tokio_postgres::Error;
+
+    async fn connect(&self) -> Result<Connection, tokio_postgres::Error> {
+        Ok(Connection { client: self.open().await?, in_transaction: AtomicBool::new(false) })
+    }
+
+    async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {
+        connection.client.check_connection().await
+    }
+
+    fn has_broken(&self, connection: &mut Connection) -> bool {
+        connection.client.is_closed() || connection.in_transaction.load(Ordering::Relaxed)
+    }
+}
+
+/// A pool of at most `size` connections. Opens none yet: a server starts before its database does.
+pub(super) async fn pool(manager: Manager, size: u32) -> Result<bb8::Pool<Manager>, StoreError> {
+    bb8::Pool::builder()
+        .max_size(size)
+        .min_idle(None)
+        .connection_timeout(Duration::from_secs(2))
+        .test_on_check_out(false)
+        .retry_connection(false)
+        .build(manager)
+        .await
+        .map_err(|error| StoreError::of("connect", error))
+}
+
+/// tokio-postgres knows `disable`, `prefer` and `require`; the stricter two are `require` with verification.
+fn take_verify(url: &str) -> (String, bool) {
+    for strict in ["sslmode=verify-full", "sslmode=verify-ca"] {
+        if url.contains(strict) {
+            return (url.replace(strict, "sslmode=require"), true);
+        }
+    }
+    (url.to_owned(), false)
+}
+
+fn client_tls(verify: bool) -> Result<rustls::ClientConfig, UrlError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| UrlError::Tls(error.to_string()))?;
+    if verify {
+        let mut roots = rustls::RootCertStore::empty();
+        let (added, _ignored) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if added == 0 {
+            return Err(UrlError::Tls("sslmode asks for verification, but no root certificate was found".to_owned()));
+        }
+        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    } else {
+        let verifier = Arc::new(unverified::Unverified(provider));
+        Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
+    }
+}
+
+/// `sslmode=prefer|require` encrypt without asking who answers, as libpq does.
+mod unverified {
+    use std::sync::Arc;
+
+    use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+    use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+    use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+    use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+
+    #[derive(Debug)]
+    pub(super) struct Unverified(pub Arc<CryptoProvider>);
+
+    impl ServerCertVerifier for Unverified {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &ServerName<'_>,
+            _: &[u8],
+            _: UnixTime,
+        ) -> Result<ServerCertVerified, Error> {
+            Ok(ServerCertVerified::assertion())
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.0.signature_verification_algorithms.supported_schemes()
+        }
+    }
+}

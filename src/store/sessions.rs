@@ -1,0 +1,346 @@
+//! `sessions`: the root of the traffic pool. A row is read and written whole, under the session's lock, see [`super::locks`].
+//!
+//! One list of columns makes both statements, so reading and writing cannot drift apart; `provenance` carries which event told what, which
+//! makes a row a complete merge state again.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use chrono::{DateTime, Utc};
+use serde_json::{Map, Value};
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+use uuid::Uuid;
+
+use super::error::StoreError;
+use super::statement::Months;
+use super::transaction::Transaction;
+use crate::domain::attribution::Attribution;
+use crate::domain::event::Gauges;
+use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
+use crate::domain::month::Month;
+use crate::domain::session::{Field, First, Provenance, Session, Source, Stamp};
+use crate::domain::signal::{Signal, SignalSet};
+use crate::domain::traffic::{Traffic, TrafficRule};
+
+/// Columns that are not first-told texts, in the order of [`Columns::params`] and [`read`].
+const OWN_COLUMNS: [&str; 19] = [
+    "site_id",
+    "created_month",
+    "id",
+    "created_at",
+    "last_seen_at",
+    "event_count",
+    "attribution",
+    "signals",
+    "lead_score",
+    "traffic_source",
+    "traffic_medium",
+    "exit_page",
+    "click_ids",
+    "provenance",
+    "duration_sec",
+    "scroll_pct",
+    "cta_hovers",
+    "focus_dur",
+    "active_sec",
+];
+
+/// First-told texts with a column of their own.
+const TEXT_COLUMNS: [(Field, &str); 24] = [
+    (Field::EntryPage, "entry_page"),
+    (Field::Referrer, "referrer"),
+    (Field::Fingerprint, "fingerprint"),
+    (Field::Gclid, "gclid"),
+    (Field::Wbraid, "wbraid"),
+    (Field::Gbraid, "gbraid"),
+    (Field::UtmSource, "utm_source"),
+    (Field::UtmMedium, "utm_medium"),
+    (Field::UtmCampaign, "utm_campaign"),
+    (Field::UtmTerm, "utm_term"),
+    (Field::UtmContent, "utm_content"),
+    (Field::Matchtype, "matchtype"),
+    (Field::AdsDevice, "ads_device"),
+    (Field::AdsNetwork, "ads_network"),
+    (Field::AdsPlacement, "ads_placement"),
+    (Field::DeviceType, "device_type"),
+    (Field::DeviceOs, "device_os"),
+    (Field::Browser, "browser"),
+    (Field::City, "city"),
+    (Field::District, "district"),
+    (Field::Country, "country"),
+    (Field::Timezone, "timezone"),
+    (Field::IpTruncated, "ip_truncated"),
+    (Field::Language, "language"),
+];
+
+/// First-told click ids that share the column `click_ids`.
+const OTHER_CLICKS: [(Field, &str); 5] = [
+    (Field::Gclsrc, "gclsrc"),
+    (Field::Dclid, "dclid"),
+    (Field::Fbclid, "fbclid"),
+    (Field::Ttclid, "ttclid"),
+    (Field::Msclkid, "msclkid"),
+];
+
+static COLUMN_NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
+    let texts = TEXT_COLUMNS.iter().map(|(_, name)| *name);
+    OWN_COLUMNS.into_iter().chain(texts).collect()
+});
+
+crate::statement!(
+    LOAD_SESSIONS,
+    Months::In(&[1, 2, 3]),
+    [DATE, DATE, DATE, UUID_ARRAY, UUID_ARRAY],
+    format!(
+        "SELECT {columns} FROM public.sessions s \
+         JOIN unnest($4, $5) AS wanted (site_id, id) ON s.site_id = wanted.site_id AND s.id = wanted.id \
+         WHERE s.created_month IN ($1, $2, $3)",
+        columns = COLUMN_NAMES.iter().map(|name| format!("s.{name}")).collect::<Vec<_>>().join(", "),
+    )
+);
+
+crate::statement!(
+    FIND_SESSION,
+    Months::In(&[2]),
+    [UUID, DATE, UUID],
+    format!(
+        "SELECT {} FROM public.sessions WHERE site_id = $1 AND created_month = $2 AND id = $3",
+        COLUMN_NAMES.join(", "),
+    )
+);
+
+crate::statement!(
+    UPSERT_SESSIONS,
+    Months::Rows(2),
+    [
+        UUID_ARRAY,
+        DATE_ARRAY,
+        UUID_ARRAY,
+        TIMESTAMPTZ_ARRAY,
+        TIMESTAMPTZ_ARRAY,
+        INT8_ARRAY,
+        TEXT_ARRAY,
+        INT4_ARRAY,
+        INT2_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        JSONB_ARRAY,
+        JSONB_ARRAY,
+        INT4_ARRAY,
+        INT4_ARRAY,
+        INT4_ARRAY,
+        INT4_ARRAY,
+        INT4_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+        TEXT_ARRAY,
+    ],
+    {
+        let key = ["site_id", "created_month", "id"];
+        let updates = COLUMN_NAMES.iter().filter(|name| !key.contains(name));
+        format!(
+            "INSERT INTO public.sessions ({columns}) SELECT * FROM unnest({params}) \
+             ON CONFLICT (site_id, created_month, id) DO UPDATE SET {updates}",
+            columns = COLUMN_NAMES.join(", "),
+            params = (1..=COLUMN_NAMES.len()).map(|n| format!("${n}")).collect::<Vec<_>>().join(", "),
+            updates = updates.map(|name| format!("{name} = excluded.{name}")).collect::<Vec<_>>().join(", "),
+        )
+    }
+);
+
+/// The sessions with these ids in any of three months (the month of an arrival and its neighbours).
+pub async fn load(
+    tx: &Transaction<'_>,
+    months: [Month; 3],
+    ids: &[(SiteId, SessionId)],
+) -> Result<Vec<Session>, StoreError> {
+    let [first, second, third] = months.map(Month::first_day);
+    let (sites, ids): (Vec<Uuid>, Vec<Uuid>) = ids.iter().map(|(site, id)| (site.as_uuid(), id.as_uuid())).unzip();
+    let rows = tx.query(&LOAD_SESSIONS, &[&first, &second, &third, &sites, &ids]).await?;
+    rows.iter().map(|row| read(row).map_err(|error| StoreError::unreadable(LOAD_SESSIONS.name, error))).collect()
+}
+
+/// One session by its key.
+pub async fn find(tx: &Transaction<'_>, key: SessionKey) -> Result<Option<Session>, StoreError> {
+    let params: [&(dyn ToSql + Sync); 3] = [&key.site_id.as_uuid(), &key.month.first_day(), &key.id.as_uuid()];
+    let rows = tx.query(&FIND_SESSION, &params).await?;
+    let session = rows.first().map(read).transpose();
+    session.map_err(|error| StoreError::unreadable(FIND_SESSION.name, error))
+}
+
+/// Writes sessions whole. `sessions` are sorted and distinct by key, and locked.
+pub async fn upsert(tx: &Transaction<'_>, sessions: &[&Session]) -> Result<(), StoreError> {
+    let columns = Columns::of(sessions);
+    tx.query(&UPSERT_SESSIONS, &columns.params()).await?;
+    Ok(())
+}
+
+/// Sessions as arrays, one a column.
+#[derive(Default)]
+struct Columns<'s> {
+    site_id: Vec<Uuid>,
+    created_month: Vec<chrono::NaiveDate>,
+    id: Vec<Uuid>,
+    created_at: Vec<DateTime<Utc>>,
+    last_seen_at: Vec<DateTime<Utc>>,
+    event_count: Vec<i64>,
+    attribution: Vec<&'static str>,
+    signals: Vec<i32>,
+    lead_score: Vec<i16>,
+    traffic_source: Vec<&'s str>,
+    traffic_medium: Vec<&'s str>,
+    exit_page: Vec<&'s str>,
+    click_ids: Vec<Value>,
+    provenance: Vec<Value>,
+    gauges: [Vec<Option<i32>>; 5],
+    texts: [Vec<Option<&'s str>>; TEXT_COLUMNS.len()],
+}
+
+impl<'s> Columns<'s> {
+    fn of(sessions: &[&'s Session]) -> Self {
+        let mut columns = Self::default();
+        for session in sessions {
+            columns.push(session);
+        }
+        columns
+    }
+
+    fn push(&mut self, session: &'s Session) {
+        self.site_id.push(session.key.site_id.as_uuid());
+        self.created_month.push(session.key.month.first_day());
+        self.id.push(session.key.id.as_uuid());
+        self.created_at.push(session.created_at);
+        self.last_seen_at.push(session.last_seen_at);
+        self.event_count.push(session.event_count);
+        self.attribution.push(session.attribution().name());
+        self.signals.push(session.signals().bits());
+        self.lead_score.push(i16::from(session.score().get()));
+        self.traffic_source.push(&session.source.traffic.source);
+        self.traffic_medium.push(&session.source.traffic.medium);
+        self.exit_page.push(&session.exit.value);
+        let clicks = OTHER_CLICKS.iter().filter_map(|(field, name)| Some((*name, session.first(*field)?)));
+        self.click_ids.push(Value::Object(clicks.map(|(name, id)| (name.to_owned(), id.into())).collect()));
+        self.provenance.push(serde_json::json!(session.provenance()));
+        let Gauges { duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec } = session.gauges;
+        for (column, gauge) in self.gauges.iter_mut().zip([duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec])
+        {
+            column.push(gauge);
+        }
+        for (column, (field, _)) in self.texts.iter_mut().zip(TEXT_COLUMNS) {
+            column.push(session.first(field));
+        }
+    }
+
+    fn params(&self) -> Vec<&(dyn ToSql + Sync)> {
+        let mut params: Vec<&(dyn ToSql + Sync)> = vec![
+            &self.site_id,
+            &self.created_month,
+            &self.id,
+            &self.created_at,
+            &self.last_seen_at,
+            &self.event_count,
+            &self.attribution,
+            &self.signals,
+            &self.lead_score,
+            &self.traffic_source,
+            &self.traffic_medium,
+            &self.exit_page,
+            &self.click_ids,
+            &self.provenance,
+        ];
+        params.extend(self.gauges.iter().map(|column| column as &(dyn ToSql + Sync)));
+        params.extend(self.texts.iter().map(|column| column as &(dyn ToSql + Sync)));
+        params
+    }
+}
+
+/// A row as the session it was. What a hand-written row does not tell in `provenance` counts as told when the session began.
+fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Send + Sync>> {
+    let month = Month::containing(row.try_get("created_month")?);
+    let key = SessionKey {
+        site_id: SiteId::from_uuid(row.try_get("site_id")?),
+        month,
+        id: SessionId::from_uuid(row.try_get("id")?),
+    };
+    let created_at: DateTime<Utc> = row.try_get("created_at")?;
+    let Provenance(evidence) = serde_json::from_value(row.try_get("provenance")?)?;
+    let untold = Stamp { at: created_at, event: EventId::from_uuid(Uuid::nil()) };
+
+    let mut told_fields = BTreeMap::new();
+    let mut told_signals = BTreeMap::new();
+    let (mut exit_stamp, mut source_stamp, mut rule) = (untold, untold, TrafficRule::Direct);
+    for entry in evidence {
+        let stamp = Stamp { at: entry.at, event: entry.event };
+        told_fields.extend(entry.told.fields.into_iter().map(|field| (field, stamp)));
+        told_signals.extend(SignalSet::from_bits(entry.told.signals).iter().map(|signal| (signal, stamp)));
+        if entry.told.exit {
+            exit_stamp = stamp;
+        }
+        if let Some(told) = entry.told.traffic {
+            (rule, source_stamp) = (told, stamp);
+        }
+    }
+
+    let clicks: Map<String, Value> = serde_json::from_value(row.try_get("click_ids")?)?;
+    let mut firsts = BTreeMap::new();
+    let mut put = |field: Field, value: Option<String>| {
+        if let Some(value) = value {
+            let stamp = told_fields.get(&field).copied().unwrap_or(untold);
+            firsts.insert(field, First { stamp, value });
+        }
+    };
+    for (field, name) in TEXT_COLUMNS {
+        put(field, row.try_get(name)?);
+    }
+    for (field, name) in OTHER_CLICKS {
+        put(field, clicks.get(name).and_then(Value::as_str).map(str::to_owned));
+    }
+
+    let attribution: &str = row.try_get("attribution")?;
+    let attribution = Attribution::from_name(attribution).ok_or("unknown attribution")?;
+    let own = SignalSet::from_bits(row.try_get("signals")?).without(Signal::ReturningAdsAssisted);
+    Ok(Session {
+        key,
+        created_at,
+        last_seen_at: row.try_get("last_seen_at")?,
+        event_count: row.try_get("event_count")?,
+        firsts,
+        exit: First { stamp: exit_stamp, value: row.try_get::<_, Option<String>>("exit_page")?.unwrap_or_default() },
+        source: Source {
+            stamp: source_stamp,
+            traffic: Traffic { rule, source: row.try_get("traffic_source")?, medium: row.try_get("traffic_medium")? },
+        },
+        gauges: Gauges {
+            duration_sec: row.try_get("duration_sec")?,
+            scroll_pct: row.try_get("scroll_pct")?,
+            cta_hovers: row.try_get("cta_hovers")?,
+            focus_dur: row.try_get("focus_dur")?,
+            active_sec: row.try_get("active_sec")?,
+        },
+        raised: own.iter().map(|signal| (signal, told_signals.get(&signal).copied().unwrap_or(untold))).collect(),
+        ads_assisted: attribution == Attribution::AdsAssisted,
+    })
+}

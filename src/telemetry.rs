@@ -1,0 +1,76 @@
+//! Logs and metrics: the names of all metrics are here, and nowhere a payload, an address or a secret.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
+
+use crate::domain::outcome::Outcome;
+
+/// Events by outcome: `stored`, `duplicate`, `dead`, `unavailable`; the last two with a reason.
+pub const EVENTS_TOTAL: &str = "opsmantik_events_total";
+/// Seconds of one SQL statement.
+pub const STATEMENT_SECONDS: &str = "opsmantik_statement_seconds";
+/// Failed SQL statements.
+pub const STATEMENT_ERRORS_TOTAL: &str = "opsmantik_statement_errors_total";
+/// Seconds from a batch's first statement to its commit, retries included.
+pub const BATCH_SECONDS: &str = "opsmantik_batch_seconds";
+/// Events in a batch.
+pub const BATCH_EVENTS: &str = "opsmantik_batch_events";
+/// Batches that were tried again, by fault.
+pub const BATCH_RETRIES_TOTAL: &str = "opsmantik_batch_retries_total";
+/// Leaves made by the keeper.
+pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
+
+/// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
+pub fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let started = if std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json") {
+        logs.json().try_init()
+    } else {
+        logs.try_init()
+    };
+    // Only a second call in one process fails, and the first one's logger is as good.
+    drop(started);
+}
+
+/// The process's metrics, in Prometheus' text form by `render()`.
+pub fn prometheus() -> &'static PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE.get_or_init(|| {
+        let seconds = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+        let builder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &seconds)
+            .and_then(|builder| {
+                let sizes = [1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0];
+                builder.set_buckets_for_metric(Matcher::Full(BATCH_EVENTS.to_owned()), &sizes)
+            })
+            .expect("bucket lists are not empty");
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        // Another recorder can only have been installed by an embedder; then these metrics stay empty.
+        drop(metrics::set_global_recorder(recorder));
+        handle
+    })
+}
+
+/// Counts the one outcome of one event.
+pub fn count_outcome(outcome: &Outcome) {
+    let (name, reason) = match outcome {
+        Outcome::Stored(_) => ("stored", ""),
+        Outcome::Duplicate(_) => ("duplicate", ""),
+        Outcome::Dead(reason) => ("dead", reason.code()),
+        Outcome::Unavailable(why) => ("unavailable", why.code()),
+    };
+    metrics::counter!(EVENTS_TOTAL, "outcome" => name, "reason" => reason).increment(1);
+}
+
+/// Records how long a statement took and whether it failed.
+pub fn time_statement(name: &'static str, took: Duration, ok: bool) {
+    metrics::histogram!(STATEMENT_SECONDS, "statement" => name).record(took);
+    if !ok {
+        metrics::counter!(STATEMENT_ERRORS_TOTAL, "statement" => name).increment(1);
+    }
+}

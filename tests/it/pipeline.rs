@@ -1,0 +1,181 @@
+//! One outcome for every event, whatever happens to its neighbours or to the database.
+
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+use opsmantik::domain::outcome::{DeathReason, Outcome, Unavailable};
+use opsmantik::keeper::Nudge;
+use opsmantik::pipeline::{Pipeline, PipelineConfig};
+use opsmantik::store::Store;
+
+use crate::support::database::database;
+use crate::support::events::{Spec, at};
+
+fn start(store: &Store, config: PipelineConfig) -> Pipeline {
+    Pipeline::start(store.clone(), Nudge::default(), config)
+}
+
+#[tokio::test]
+async fn a_poisonous_event_dies_alone_and_its_neighbours_are_stored() {
+    let database = database().await;
+    let site = database.site("poison").await.id;
+    database
+        .admin
+        .batch_execute(
+            "CREATE FUNCTION poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+               IF NEW.url LIKE '%poison%' THEN RAISE EXCEPTION 'poison'; END IF; RETURN NEW; END $$; \
+             CREATE TRIGGER poison BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION poison()",
+        )
+        .await
+        .expect("a trigger that refuses");
+    let pipeline = start(&database.store, PipelineConfig { writers: 1, ..PipelineConfig::default() });
+    let now = Utc::now();
+    let events: Vec<_> = (1..=40)
+        .map(|id| {
+            let spec = Spec::new(id, &format!("s{}", id % 7), now);
+            let spec = if id == 13 || id == 31 { spec.url("https://a.example/poison") } else { spec };
+            spec.event(site)
+        })
+        .collect();
+    let outcomes = pipeline.submit(events.clone()).await;
+    for (id, outcome) in (1..).zip(&outcomes) {
+        match id {
+            13 | 31 => assert_eq!(*outcome, Outcome::Dead(DeathReason::RefusedByDatabase), "{id}"),
+            _ => assert!(matches!(outcome, Outcome::Stored(_)), "{id}: {outcome:?}"),
+        }
+    }
+    assert_eq!(database.count("SELECT count(*) FROM events").await, 38);
+    assert_eq!(database.count("SELECT sum(event_count)::bigint FROM sessions").await, 38, "no poison in a session");
+    let letters = database.rows("SELECT reason, payload, tries FROM dead_letters").await;
+    assert_eq!(letters.len(), 2);
+    assert_eq!(letters[0]["reason"], "refused_by_database");
+    assert!(
+        letters[0]["payload"].as_str().is_some_and(|job| job.contains("/poison")),
+        "the letter holds the whole event"
+    );
+
+    // The same poison again is the same letter.
+    pipeline.submit(events).await;
+    assert_eq!(database.count("SELECT count(*) FROM dead_letters WHERE tries = 2").await, 2);
+    assert_eq!(database.count("SELECT count(*) FROM events").await, 38);
+}
+
+#[tokio::test]
+async fn an_event_of_a_site_that_is_gone_dies_with_that_reason() {
+    let database = database().await;
+    let gone = opsmantik::domain::id::SiteId::from_uuid(uuid::Uuid::from_u128(404));
+    let site = database.site("here").await.id;
+    let pipeline = start(&database.store, PipelineConfig::default());
+    let outcomes = pipeline
+        .submit(vec![Spec::new(1, "s", Utc::now()).event(gone), Spec::new(2, "s", Utc::now()).event(site)])
+        .await;
+    assert_eq!(outcomes[0], Outcome::Dead(DeathReason::UnknownSite));
+    assert!(matches!(outcomes[1], Outcome::Stored(_)));
+}
+
+#[tokio::test]
+async fn a_second_copy_changes_nothing_and_hears_of_the_session() {
+    let database = database().await;
+    let site = database.site("twice").await.id;
+    let pipeline = start(&database.store, PipelineConfig::default());
+    let event = Spec::new(1, "s", Utc::now()).action("phone_call").event(site);
+    let first = pipeline.submit(vec![event.clone(), event.clone()]).await;
+    let traffic = database.traffic().await;
+    let (Outcome::Stored(stored), Outcome::Duplicate(same)) = (first[0], first[1]) else { panic!("{first:?}") };
+    assert_eq!((stored, stored.score.get()), (same, 60));
+    let again = pipeline.submit(vec![event]).await;
+    assert_eq!(again, [Outcome::Duplicate(stored)]);
+    assert_eq!(database.traffic().await, traffic);
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_is_told_in_time_and_used_again_when_it_is_back() {
+    let database = database().await;
+    let site = database.site("away").await.id;
+    let config = PipelineConfig { patience: Duration::from_secs(3), ..PipelineConfig::default() };
+    let pipeline = start(&database.store, config);
+    let event = |id| Spec::new(id, "s", Utc::now()).event(site);
+    assert!(matches!(pipeline.submit(vec![event(1)]).await[0], Outcome::Stored(_)));
+
+    // Every session is ended and no new one let in, as when PostgreSQL restarts.
+    let admin = crate::support::database::connect(&crate::support::cluster::cluster().await.url("postgres")).await;
+    let name = &database.name;
+    admin.batch_execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false")).await.expect("closed");
+    let kill = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'");
+    admin.batch_execute(&kill).await.expect("ended");
+    let started = Instant::now();
+    assert_eq!(pipeline.submit(vec![event(2)]).await, [Outcome::Unavailable(Unavailable::Database)]);
+    assert!(started.elapsed() < Duration::from_secs(6), "told after {:?}", started.elapsed());
+
+    // A cut in the middle is bridged by a retry: nobody but the log notices.
+    let waiting = tokio::spawn({
+        let (pipeline, event) = (pipeline.clone(), event(3));
+        async move { pipeline.submit(vec![event]).await }
+    });
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    admin.batch_execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS true")).await.expect("open");
+    assert!(matches!(waiting.await.expect("no panic")[0], Outcome::Stored(_)));
+    assert!(matches!(pipeline.submit(vec![event(2)]).await[0], Outcome::Stored(_)), "the client tried again");
+}
+
+#[tokio::test]
+async fn a_full_waiting_room_says_busy_at_once_and_keeps_what_it_took() {
+    let database = database().await;
+    let site = database.site("full").await.id;
+    let config = PipelineConfig { writers: 1, room_bytes: 64 << 10, ..PipelineConfig::default() };
+    let pipeline = start(&database.store, config);
+    // Somebody holds the table, so the writer cannot go on.
+    let blocker = crate::support::database::connect(&database.url).await;
+    blocker.batch_execute("BEGIN; LOCK TABLE events IN SHARE MODE").await.expect("held");
+    let mut waiting = tokio::task::JoinSet::new();
+    for id in 1..=200 {
+        let (pipeline, event) = (pipeline.clone(), Spec::new(id, "s", Utc::now()).event(site));
+        waiting.spawn(async move { pipeline.submit(vec![event]).await[0] });
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    blocker.batch_execute("COMMIT").await.expect("released");
+    let (mut stored, mut busy) = (0, 0);
+    while let Some(outcome) = waiting.join_next().await {
+        match outcome.expect("no panic") {
+            Outcome::Stored(_) => stored += 1,
+            Outcome::Unavailable(Unavailable::Busy) => busy += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(stored > 5 && busy > 100, "{stored} stored, {busy} refused");
+    assert_eq!(database.count("SELECT count(*) FROM events").await, stored, "what was refused is not there");
+}
+
+#[tokio::test]
+async fn a_month_without_partition_is_unavailable_and_does_not_hold_up_the_others() {
+    let database = database().await;
+    let site = database.site("months").await.id;
+    let pipeline = start(&database.store, PipelineConfig { writers: 1, ..PipelineConfig::default() });
+    let outcomes = pipeline
+        .submit(vec![
+            Spec::new(1, "s", Utc::now()).event(site),
+            Spec::new(2, "t", at("2019-05-05T00:00:00Z")).event(site),
+            Spec::new(3, "u", Utc::now()).event(site),
+        ])
+        .await;
+    assert!(matches!(outcomes[0], Outcome::Stored(_)) && matches!(outcomes[2], Outcome::Stored(_)), "{outcomes:?}");
+    assert_eq!(outcomes[1], Outcome::Unavailable(Unavailable::Partition));
+}
+
+#[tokio::test]
+async fn draining_finishes_what_was_taken_and_takes_nothing_more() {
+    let database = database().await;
+    let site = database.site("drain").await.id;
+    let pipeline = start(&database.store, PipelineConfig { writers: 2, batch: 3, ..PipelineConfig::default() });
+    let taken = tokio::spawn({
+        let pipeline = pipeline.clone();
+        let events = (1..=50).map(|id| Spec::new(id, "s", Utc::now()).event(site)).collect();
+        async move { pipeline.submit(events).await }
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    pipeline.drain().await;
+    let stored = taken.await.expect("no panic").iter().filter(|o| matches!(o, Outcome::Stored(_))).count();
+    assert_eq!(stored, 50);
+    let late = pipeline.submit(vec![Spec::new(99, "s", Utc::now()).event(site)]).await;
+    assert_eq!(late, [Outcome::Unavailable(Unavailable::Stopping)]);
+}

@@ -1,0 +1,213 @@
+//! The schema itself: what PostgreSQL does not do by itself for a partition, and what it refuses even to hand-written SQL.
+
+use opsmantik::domain::month::Month;
+use opsmantik::keeper;
+use opsmantik::store::Store;
+
+use crate::support::cluster::cluster;
+use crate::support::database::{connect, database, empty};
+
+const SESSION: &str = "INSERT INTO sessions (site_id, created_month, id, created_at, last_seen_at, event_count, entry_page, \
+     attribution, traffic_source, traffic_medium, lead_score) SELECT id, '2026-03-01', id, now(), now(), 1, '/', \
+     'Organic/Referral', 'Direct', 'direct', 0 FROM sites";
+
+#[tokio::test]
+async fn an_event_without_its_sessions_month_cannot_be_stored_even_by_hand() {
+    let database = database().await;
+    database.site("hand").await;
+    database.ensure_month("2026-03-01").await;
+    database.ensure_month("2026-04-01").await;
+    database.admin.batch_execute(SESSION).await.expect("a session");
+    let event = |column: &str, value: &str| {
+        format!(
+            "INSERT INTO events (site_id, id, session_id, created_at, occurred_at, url, event_category, event_action, \
+             lead_score{column}) SELECT id, gen_random_uuid(), id, now(), now(), '/', 'c', 'a', 0{value} FROM sites"
+        )
+    };
+    for (column, value, why) in [
+        ("", "", "no session_month"),
+        (", session_month", ", NULL", "NULL"),
+        (", session_month", ", '2026-04-01'", "another month than its session's"),
+        (", session_month", ", '2026-03-02'", "not the first of a month"),
+        (", session_month", ", '1999-01-01'", "a month without partition"),
+    ] {
+        let refused = database.admin.batch_execute(&event(column, value)).await;
+        assert!(refused.is_err(), "{why} was stored");
+    }
+    let stored = database.admin.batch_execute(&event(", session_month", ", '2026-03-01'")).await;
+    stored.expect("the session's own month");
+    let moved = database.admin.batch_execute("UPDATE events SET session_month = '2026-04-01'").await;
+    assert!(moved.is_err(), "an event left its session's month");
+}
+
+#[tokio::test]
+async fn every_leaf_is_whole_now_and_in_future_and_is_mended_when_disturbed() {
+    let database = database().await;
+    assert_eq!(keeper::keep(&database.store, chrono::Utc::now()).await.expect("kept"), Vec::<String>::new());
+    database.ensure_month("2026-03-01").await;
+    let leaves = database
+        .rows(
+            "SELECT c.relname, c.relreplident, c.relrowsecurity, c.relforcerowsecurity, \
+             (SELECT count(*) FROM pg_policy p WHERE p.polrelid = c.oid) AS policies, \
+             (SELECT count(*) FROM pg_policy p WHERE p.polrelid = i.inhparent) AS parent_policies \
+             FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid WHERE c.relkind = 'r'",
+        )
+        .await;
+    assert!(leaves.len() >= 12, "five months at least, and the one made later: {}", leaves.len());
+    for leaf in &leaves {
+        assert_eq!(leaf["relreplident"], "f", "{leaf}");
+        assert_eq!((&leaf["relrowsecurity"], &leaf["relforcerowsecurity"]), (&true.into(), &true.into()), "{leaf}");
+        assert!(
+            leaf["policies"].as_i64().is_some_and(|n| n > 0) && leaf["policies"] == leaf["parent_policies"],
+            "{leaf}"
+        );
+    }
+    let now = Month::of(chrono::Utc::now());
+    assert!(database.store.readiness(now, 3).await.expect("it answers").is_ready());
+
+    database
+        .admin
+        .batch_execute(
+            "ALTER TABLE events_2026_03 DISABLE ROW LEVEL SECURITY; ALTER TABLE events_2026_03 REPLICA IDENTITY DEFAULT; \
+             GRANT SELECT ON events_2026_03 TO anon",
+        )
+        .await
+        .expect("disturbed");
+    let readiness = database.store.readiness(now, 3).await.expect("it answers");
+    assert!(
+        readiness.faults.len() >= 3 && readiness.faults.iter().all(|f| f.contains("events_2026_03")),
+        "{readiness:?}"
+    );
+    database.ensure_month("2026-03-01").await;
+    assert!(database.store.readiness(now, 3).await.expect("it answers").is_ready());
+    let far = database.store.readiness(now, 7).await.expect("it answers");
+    assert!(!far.missing_months.is_empty(), "months that nobody made are missing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn two_keepers_at_once_do_not_fight_and_no_reader_is_in_their_way() {
+    let database = database().await;
+    let mut reader = connect(&database.url).await;
+    let open = reader.transaction().await.expect("a transaction");
+    open.query("SELECT * FROM events", &[]).await.expect("read");
+    open.query("SELECT * FROM sessions", &[]).await.expect("read");
+    let future = chrono::Utc::now() + chrono::Months::new(8);
+    let servers = futures::future::join_all((0..4).map(|_| keeper::keep(&database.store, future))).await;
+    let mut made: Vec<String> = servers.into_iter().flat_map(|made| made.expect("a keeper is not disturbed")).collect();
+    let all = made.len();
+    made.sort();
+    made.dedup();
+    assert_eq!((made.len(), all), (10, 10), "each leaf was made once: {made:?}");
+    open.rollback().await.expect("the reader was never in the way");
+}
+
+/// As a new Supabase project: roles, default privileges, `auth` with functions of its own, an owner that is no superuser.
+const SUPABASE: &str = "
+    DO $$ BEGIN
+      CREATE ROLE anon NOLOGIN NOINHERIT; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    DO $$ BEGIN
+      CREATE ROLE authenticated NOLOGIN NOINHERIT; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    DO $$ BEGIN
+      CREATE ROLE service_role NOLOGIN NOINHERIT BYPASSRLS; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    DO $$ BEGIN
+      CREATE ROLE supabase_owner LOGIN CREATEROLE CREATEDB BYPASSRLS PASSWORD 'owner'; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    GRANT anon, authenticated, service_role TO supabase_owner WITH ADMIN OPTION;
+    CREATE SCHEMA auth;
+    CREATE FUNCTION auth.uid() RETURNS uuid LANGUAGE sql STABLE AS
+      $$ SELECT (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid $$;
+    GRANT USAGE ON SCHEMA auth TO PUBLIC;
+    GRANT ALL ON SCHEMA public TO supabase_owner;
+    ALTER DEFAULT PRIVILEGES FOR ROLE supabase_owner IN SCHEMA public GRANT ALL ON TABLES TO anon, authenticated, service_role;
+    ALTER DEFAULT PRIVILEGES FOR ROLE supabase_owner IN SCHEMA public GRANT ALL ON FUNCTIONS TO anon, authenticated, service_role;
+    ALTER DEFAULT PRIVILEGES FOR ROLE supabase_owner IN SCHEMA public GRANT ALL ON SEQUENCES TO anon, authenticated, service_role;
+";
+
+#[tokio::test]
+async fn the_migrations_run_on_a_supabase_database_and_leak_nothing_there() {
+    // The roles are the cluster's: let the template's migration make them first, so that this owner is given them.
+    let _roles_exist = database().await;
+    let admin = empty("like_supabase").await;
+    admin.batch_execute(SUPABASE).await.expect("a database like Supabase's");
+    admin.batch_execute("GRANT CREATE ON DATABASE like_supabase TO supabase_owner").await.expect("as there");
+    admin
+        .batch_execute(
+            "GRANT opsmantik_service, opsmantik_operator, opsmantik_tenant TO supabase_owner WITH ADMIN OPTION",
+        )
+        .await
+        .expect("the roles are there already");
+    let url = cluster().await.url("like_supabase");
+    let (_, place) = url.split_once('@').expect("user@host");
+    let store = Store::new(&format!("postgres://supabase_owner:owner@{place}"), 4).await.expect("a URL");
+    assert!(store.migrate().await.expect("the migrations run").len() >= 4);
+    assert_eq!(store.migrate().await.expect("again"), Vec::<String>::new());
+
+    assert!(store.readiness(Month::of(chrono::Utc::now()), 3).await.expect("it answers").is_ready());
+    let made = store.ensure_month("2026-03-01".parse().expect("a month")).await.expect("a later month");
+    assert_eq!(made, ["sessions_2026_03", "events_2026_03"]);
+    let leaks = admin
+        .query(
+            "SELECT c.relname::text, a.privilege_type FROM pg_class c, aclexplode(c.relacl) a \
+             WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p') AND a.grantee = 'anon'::regrole",
+            &[],
+        )
+        .await
+        .expect("a look into the catalog");
+    assert!(leaks.is_empty(), "anon may {} {}", leaks[0].get::<_, String>(1), leaks[0].get::<_, String>(0));
+    let open = admin
+        .query(
+            "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r','p') \
+                AND NOT (relrowsecurity AND relforcerowsecurity)",
+            &[],
+        )
+        .await
+        .expect("a look into the catalog");
+    assert!(open.is_empty(), "without row level security: {}", open[0].get::<_, String>(0));
+}
+
+#[tokio::test]
+async fn months_are_those_of_utc_whatever_the_database_thinks() {
+    let database = database().await;
+    let name = &database.name;
+    database
+        .admin
+        .batch_execute(&format!("ALTER DATABASE {name} SET timezone = 'Pacific/Auckland'"))
+        .await
+        .expect("set");
+    let store = Store::new(&database.url, 1).await.expect("a URL");
+    assert_eq!(store.ensure_month("2026-03-01".parse().expect("a month")).await.expect("made").len(), 2);
+    let bounds = database
+        .rows("SELECT pg_get_expr(relpartbound, oid) AS bounds FROM pg_class WHERE relname IN ('events_2026_03', 'sessions_2026_03')")
+        .await;
+    for leaf in bounds {
+        assert_eq!(leaf["bounds"], "FOR VALUES FROM ('2026-03-01') TO ('2026-04-01')");
+    }
+}
+
+#[tokio::test]
+async fn the_servers_own_role_can_do_only_what_its_statements_need() {
+    let database = database().await;
+    database.site("walls").await;
+    for forbidden in [
+        "DELETE FROM events",
+        "DELETE FROM sessions",
+        "UPDATE events SET url = ''",
+        "TRUNCATE events",
+        "INSERT INTO sites (public_id, name, domain) VALUES ('x', 'x', 'x')",
+        "DROP TABLE events",
+        "CREATE TABLE public.stray (id int)",
+        "INSERT INTO api_tokens (token_hash, scopes, all_sites) VALUES (decode(repeat('00', 32), 'hex'), '{calls:read}', true)",
+    ] {
+        let tried = database
+            .admin
+            .batch_execute(&format!("BEGIN; SET LOCAL ROLE opsmantik_service; {forbidden}; COMMIT"))
+            .await;
+        assert!(tried.is_err(), "opsmantik_service may: {forbidden}");
+        database.admin.batch_execute("ROLLBACK").await.expect("back");
+    }
+    let bypass =
+        "SELECT count(*) FROM pg_roles WHERE rolname LIKE 'opsmantik_%' AND (rolsuper OR rolbypassrls OR rolcanlogin)";
+    assert_eq!(database.count(bypass).await, 0);
+    let owned =
+        "SELECT count(*) FROM pg_class WHERE relowner IN (SELECT oid FROM pg_roles WHERE rolname LIKE 'opsmantik\\_%')";
+    assert_eq!(database.count(owned).await, 0);
+}

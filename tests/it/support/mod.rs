@@ -1,0 +1,7 @@
+//! The one rig: a private cluster a process, a migrated database a test, events from a few words.
+
+#![allow(dead_code)] // each test uses its part of the rig
+
+pub mod cluster;
+pub mod database;
+pub mod events;
