@@ -1,6 +1,7 @@
 //! The whole system against a real PostgreSQL: one binary, one file a behaviour.
 
 mod cluster;
+mod http;
 mod merge;
 mod pipeline;
 mod schema;
