@@ -1,5 +1,6 @@
 //! The whole system against a real PostgreSQL: one binary, one file a behaviour.
 
+mod any_body;
 mod cluster;
 mod http;
 mod merge;
@@ -7,3 +8,4 @@ mod pipeline;
 mod schema;
 mod statements;
 mod support;
+mod worker;

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test uses its part of the rig
 
+pub mod app;
 pub mod cluster;
 pub mod database;
 pub mod events;

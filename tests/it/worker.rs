@@ -1,0 +1,59 @@
+//! QStash's door over real sockets: stored once, buried once, and told apart by status.
+
+use chrono::Utc;
+use opsmantik::domain::id::SiteId;
+use opsmantik::queue::job::Job;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::support::app::{Answer, App, event};
+use crate::support::events::Spec;
+
+#[tokio::test]
+async fn a_delivery_is_stored_once_however_often_it_comes() {
+    let app = App::start(0).await;
+    let site = app.database.rows("SELECT id FROM sites").await[0]["id"].as_str().and_then(|id| id.parse().ok());
+    let job = Job::new(Spec::new(1, "s", Utc::now()).event(site.expect("a site"))).to_json().expect("a job");
+    for (key, status) in [("sig_current", "stored"), ("sig_next", "duplicate")] {
+        let answer = app.deliver(&job, key).await;
+        assert_eq!((answer.status, answer.body), (200, json!({"ok": true, "status": status})));
+    }
+    let batch = json!({"events": [event(7), event(8)]}).to_string();
+    assert_eq!(app.deliver(&batch, "sig_current").await.body["status"], "stored");
+    assert_eq!(app.deliver(&batch, "sig_current").await.body["status"], "duplicate");
+    assert_eq!(app.database.count("SELECT count(*) FROM events").await, 3);
+    let refused = app.deliver(&job, "sig_other").await;
+    assert_eq!(refused.error(), (401, "bad_signature", ""));
+    assert!(refused.header("upstash-nonretryable-error").is_none());
+    let get = Answer::of(app.client.get(format!("http://{}/api/sync/worker", app.public))).await;
+    assert_eq!((get.status, get.header("allow")), (405, Some("POST")));
+    assert_eq!(app.database.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
+async fn what_can_never_be_stored_is_buried_once_and_does_not_come_again() {
+    let app = App::start(0).await;
+    let stranger = Spec::new(1, "s", Utc::now()).event(SiteId::from_uuid(Uuid::from_u128(99)));
+    let stranger = Job::new(stranger).to_json().expect("a job");
+    let mut without_id = event(1);
+    without_id["id"] = Value::Null;
+    let half = json!({"events": [event(5), without_id]}).to_string();
+    for (body, reason) in [
+        ("hello\u{0}", "malformed_job"),
+        (r#"{"v":1,"event":{}}"#, "malformed_job"),
+        (r#"{"v":9,"event":{}}"#, "malformed_job"),
+        (&half, "malformed_job"),
+        (&stranger, "unknown_site"),
+    ] {
+        for _ in 0..2 {
+            let answer = app.deliver(body, "sig_current").await;
+            assert_eq!(answer.error(), (489, reason, ""), "{body}");
+            assert_eq!(answer.header("upstash-nonretryable-error"), Some("true"));
+        }
+    }
+    let letters = app.database.rows("SELECT * FROM dead_letters ORDER BY created_at").await;
+    assert_eq!(letters.len(), 5, "one letter a delivery");
+    assert!(letters.iter().all(|letter| letter["source"] == "worker" && letter["tries"] == 2), "{letters:?}");
+    assert_eq!(letters[3]["detail"], "`events[1].id` is required: a delivery can be repeated");
+    assert_eq!(app.database.count("SELECT count(*) FROM events").await, 1, "the good half is stored");
+}
