@@ -58,7 +58,7 @@ pub struct Settings {
     #[arg(long, env = "PUBLIC_URL", value_name = "PUBLIC_URL")]
     pub public_url: Option<String>,
 
-    /// QStash's address, if it is not https://qstash.upstash.io (regions and the development server have their own)
+    /// QStash's address, if it is not `https://qstash.upstash.io` (regions and the development server have their own)
     #[arg(long, env = "QSTASH_URL", value_name = "QSTASH_URL")]
     pub qstash_url: Option<String>,
 
