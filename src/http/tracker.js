@@ -15,7 +15,7 @@
   const OUT = home + 'q:'; // rank:time:id, dropped from the lowest
   const BAD = home + 'x:'; // refused
   const HELD = home + 'w:'; // refused with its site: until that is let in
-  const box = ask(() => localStorage) || {}, memory = {};
+  const box = ask(() => Object.keys(localStorage) && localStorage) || {}, memory = {};
   const get = (k) => box[k] || memory[k];
   const set = (k, v) => { if (!ask(() => (box[k] = v))) memory[k] = v; };
   const del = (k) => { delete box[k]; delete memory[k]; };
