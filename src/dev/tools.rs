@@ -10,9 +10,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 
-use super::packages::{InstallError, Packages};
+use super::packages::{InstallError, Packages, one_at_a_time};
 use super::progress::{CommandError, Progress, write_stderr};
 
 /// Something a test needs.
@@ -82,15 +81,9 @@ pub enum Why {
     Folder { path: PathBuf, source: io::Error },
 }
 
-/// One installation at a time in this process; a lock file keeps other processes out.
-static INSTALLING: Mutex<()> = Mutex::new(());
-
 /// Finds a tool, or installs it.
 pub fn require(tool: Tool) -> Result<Found, Missing> {
-    // A test that panicked while it held the lock has spoiled nothing.
-    let _one_at_a_time = INSTALLING
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = one_at_a_time();
     find_or_install(tool, Progress::stderr())
 }
 
