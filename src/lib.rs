@@ -1,3 +1,21 @@
+//! OpsMantik tells an advertiser which ad click, visit and page made the phone ring.
+//!
+//! Data walks one way: door → domain → pipeline → store. Nothing lower knows anything higher.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`domain`] | what a month, an event, a session, a score, an attribution *are*; pure |
+//! | [`http`] | the public door: `/api/sync`, the QStash worker, the tracker, and the operator's listener |
+//! | [`grpc`] | the internal door: typed services |
+//! | [`directory`] | which sites exist and which origins they allow, cached |
+//! | [`queue`] | who owns an event before the pipeline: nobody (inline) or QStash |
+//! | [`pipeline`] | batching: from accepted events to outcomes |
+//! | [`store`] | the repository: all SQL, addressed by keys that contain the month |
+//! | [`keeper`] | makes monthly partitions ahead of time |
+//! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice |
+//! | [`dev`] | what makes two commands enough on a bare machine |
+
+pub mod cli;
 pub mod config;
 pub mod dev;
 pub mod directory;
@@ -7,5 +25,6 @@ pub mod http;
 pub mod keeper;
 pub mod pipeline;
 pub mod queue;
+pub mod server;
 pub mod store;
 pub mod telemetry;

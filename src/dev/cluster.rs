@@ -2,7 +2,7 @@
 //!
 //! It lives in one folder, listens on loopback only, asks for a random password
 //! that lies beside its data, and belongs to one process at a time, its owner. It
-//! never outlives its owner, not even by `kill -9` (see [`super::watchdog`]); what
+//! never outlives its owner, not even by `kill -9` (a watchdog sees to it); what
 //! such an end left behind is cleared at the next start, and kept data is recovered
 //! by PostgreSQL itself. No other cluster of the machine is ever touched.
 //!

@@ -11,9 +11,11 @@
 
 pub mod account;
 pub mod cluster;
+pub mod demo;
 pub mod packages;
 pub mod postgres;
 pub mod progress;
+pub mod run;
 pub mod tools;
 
 mod folder;

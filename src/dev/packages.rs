@@ -5,6 +5,7 @@
 
 use std::io::IsTerminal;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 
 use nix::unistd::Uid;
 
@@ -20,15 +21,27 @@ const APT_SCRIPT: &str = r#"
 set -e
 export DEBIAN_FRONTEND=noninteractive
 folder=/etc/postgresql-common/createcluster.d
-note=$folder/opsmantik-install.conf
+note=$folder/opsmantik-install-$$.conf
 trap 'rm -f "$note"; rmdir "$folder" /etc/postgresql-common 2>/dev/null || true' EXIT
 mkdir -p "$folder"
 echo 'create_main_cluster = false' > "$note"
 lock=$1
 shift
-apt-get update -o DPkg::Lock::Timeout="$lock"
+# Where this fails (offline, or another update is under way) the lists may still do; apt-get install tells.
+apt-get update -o DPkg::Lock::Timeout="$lock" || echo 'apt-get update failed'
 apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout="$lock" "$@"
 "#;
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Held from looking for a program until it is installed: in between, a program may be unpacked
+/// already, and its user or its libraries not be there yet.
+pub(super) fn one_at_a_time() -> MutexGuard<'static, ()> {
+    // A test that panicked while it held this has spoiled nothing.
+    ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
 
 /// What a piece of software is called where.
 #[derive(Clone, Copy, Debug)]

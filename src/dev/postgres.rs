@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::packages::{InstallError, Packages};
+use super::packages::{InstallError, Packages, one_at_a_time};
 use super::progress::Progress;
 
 /// The oldest version that has what the schema and the change feed use.
@@ -62,6 +62,7 @@ impl Postgres {
 
     /// Finds PostgreSQL, or installs it.
     pub fn find_or_install(progress: Progress) -> Result<Self, PostgresError> {
+        let _alone = one_at_a_time();
         match Self::find() {
             Err(PostgresError::Missing { .. }) => {
                 PACKAGES.install(progress)?;

@@ -10,9 +10,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 
-use super::packages::{InstallError, Packages};
+use super::packages::{InstallError, Packages, one_at_a_time};
 use super::progress::{CommandError, Progress, write_stderr};
 
 /// Something a test needs.
@@ -38,10 +37,18 @@ pub struct NpmPackage {
 }
 
 /// Lints the protocol's definitions.
-pub const BUF: Tool = Tool::NpmPackage(NpmPackage { name: "@bufbuild/buf", version: "1.75.0", program: Some("buf") });
+pub const BUF: Tool = Tool::NpmPackage(NpmPackage {
+    name: "@bufbuild/buf",
+    version: "1.75.0",
+    program: Some("buf"),
+});
 
 /// QStash's own client library: the judge of our signatures and our publishing.
-pub const QSTASH: Tool = Tool::NpmPackage(NpmPackage { name: "@upstash/qstash", version: "2.12.0", program: None });
+pub const QSTASH: Tool = Tool::NpmPackage(NpmPackage {
+    name: "@upstash/qstash",
+    version: "2.12.0",
+    program: None,
+});
 
 /// Where a tool is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,13 +81,9 @@ pub enum Why {
     Folder { path: PathBuf, source: io::Error },
 }
 
-/// One installation at a time in this process; a lock file keeps other processes out.
-static INSTALLING: Mutex<()> = Mutex::new(());
-
 /// Finds a tool, or installs it.
 pub fn require(tool: Tool) -> Result<Found, Missing> {
-    // A test that panicked while it held the lock has spoiled nothing.
-    let _one_at_a_time = INSTALLING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = one_at_a_time();
     find_or_install(tool, Progress::stderr())
 }
 
@@ -95,17 +98,23 @@ pub fn skip_or_fail(missing: &Missing) {
     if std::env::var("CI").is_ok_and(|value| value == "true" || value == "1") {
         panic!("{test} cannot run: {missing}");
     }
-    write_stderr(&format!("\n*** SKIPPED {test}\n*** {missing}\n*** With CI=true this is a failure.\n\n"));
+    write_stderr(&format!(
+        "\n*** SKIPPED {test}\n*** {missing}\n*** With CI=true this is a failure.\n\n"
+    ));
 }
 
 fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
     if let Some(found) = find(tool) {
         return Ok(found);
     }
-    let missing = |why| Missing { tool, why: Box::new(why) };
+    let missing = |why| Missing {
+        tool,
+        why: Box::new(why),
+    };
     match tool {
         Tool::NpmPackage(package) => {
-            let npm = find_or_install(Tool::Npm, progress).map_err(|needs| missing(Why::Needs(needs)))?;
+            let npm =
+                find_or_install(Tool::Npm, progress).map_err(|needs| missing(Why::Needs(needs)))?;
             package.install(&npm.path, progress).map_err(missing)
         }
         Tool::Chromium | Tool::Chromedriver => install(tool, &CHROMIUM_PACKAGES, progress),
@@ -113,14 +122,26 @@ fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
     }
 }
 
-const CHROMIUM_PACKAGES: Packages =
-    Packages { what: "Chromium and its driver", apt: &["chromium", "chromium-driver"], brew: &[] };
+const CHROMIUM_PACKAGES: Packages = Packages {
+    what: "Chromium and its driver",
+    apt: &["chromium", "chromium-driver"],
+    brew: &[],
+};
 
-const NODE_PACKAGES: Packages = Packages { what: "Node and npm", apt: &["nodejs", "npm"], brew: &["node"] };
+const NODE_PACKAGES: Packages = Packages {
+    what: "Node and npm",
+    apt: &["nodejs", "npm"],
+    brew: &["node"],
+};
 
 fn install(tool: Tool, packages: &Packages, progress: Progress) -> Result<Found, Missing> {
-    let missing = |why| Missing { tool, why: Box::new(why) };
-    packages.install(progress).map_err(|error| missing(error.into()))?;
+    let missing = |why| Missing {
+        tool,
+        why: Box::new(why),
+    };
+    packages
+        .install(progress)
+        .map_err(|error| missing(error.into()))?;
     find(tool).ok_or_else(|| missing(Why::NotOnPath))
 }
 
@@ -137,8 +158,9 @@ fn find(tool: Tool) -> Option<Found> {
         }
     };
     let path = std::env::var_os("PATH")?;
-    let mut places: Vec<PathBuf> =
-        std::env::split_paths(&path).flat_map(|folder| names.iter().map(move |name| folder.join(name))).collect();
+    let mut places: Vec<PathBuf> = std::env::split_paths(&path)
+        .flat_map(|folder| names.iter().map(move |name| folder.join(name)))
+        .collect();
     if tool == Tool::Chromium {
         for app in ["Google Chrome", "Chromium"] {
             let inside = format!("/Applications/{app}.app/Contents/MacOS/{app}");
@@ -213,7 +235,10 @@ fn npm_folder() -> PathBuf {
 
 fn on(path: &Path) -> impl Fn(io::Error) -> Why + use<> {
     let path = path.to_path_buf();
-    move |source| Why::Folder { path: path.clone(), source }
+    move |source| Why::Folder {
+        path: path.clone(),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -226,7 +251,10 @@ mod tests {
             Ok(found) => found,
             Err(missing) => return skip_or_fail(&missing),
         };
-        assert!(buf.path.ends_with("@bufbuild/buf@1.75.0/node_modules/.bin/buf"));
+        assert!(
+            buf.path
+                .ends_with("@bufbuild/buf@1.75.0/node_modules/.bin/buf")
+        );
         let output = Command::new(&buf.path).arg("--version").output();
         let output = output.expect("an installed program runs");
         assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "1.75.0");
@@ -241,7 +269,10 @@ mod tests {
             program: Some("buf"),
         });
         let missing = require(tool).expect_err("there is no such version");
-        assert!(missing.to_string().contains("0.0.0-no-such-version"), "{missing}");
+        assert!(
+            missing.to_string().contains("0.0.0-no-such-version"),
+            "{missing}"
+        );
         assert_eq!(find(tool), None, "and leaves nothing that looks like it");
     }
 }

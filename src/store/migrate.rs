@@ -29,4 +29,14 @@ impl Store {
         client.batch_execute(&format!("SELECT pg_advisory_unlock({MIGRATION_LOCK})")).await?;
         Ok(report.applied_migrations().iter().map(ToString::to_string).collect())
     }
+
+    /// Makes a database beside the one of `url`, if there is none of that name. `name` is our own and needs no quoting.
+    #[allow(clippy::disallowed_methods)] // DDL, by the owner, outside the pool
+    pub async fn create_database(url: &str, name: &'static str) -> anyhow::Result<()> {
+        let client = super::pool::Manager::new(url)?.open().await.context("connecting to the database")?;
+        match client.batch_execute(&format!("CREATE DATABASE {name}")).await {
+            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::DUPLICATE_DATABASE) => Ok(()),
+            made => made.with_context(|| format!("making the database {name}")),
+        }
+    }
 }

@@ -183,6 +183,8 @@ struct Owner {
 
 impl Owner {
     fn start(owned: &str) -> Self {
+        // Installed here if need be, where it is shown.
+        postgres();
         let this = std::env::current_exe().expect("a test knows its program");
         let mut process = Command::new(this)
             .args(["cluster::owner", "--exact", "--ignored", "--nocapture"])

@@ -189,3 +189,27 @@ async fn two_first_events_that_race_over_a_months_end_make_one_session() {
     let ours = opsmantik::domain::id::SessionId::from_text(site, "ours");
     assert_eq!(database.count(&format!("{months} AND id = '{ours}'")).await, 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_paid_visit_and_its_follower_that_are_stored_at_the_same_time_find_each_other() {
+    let database = prepared().await;
+    let [site, _] = sites();
+    let servers = [pipeline(&database, 4, 16), pipeline(&database, 4, 16)];
+    let mut waiting = tokio::task::JoinSet::new();
+    for visitor in 0..200u32 {
+        let fingerprint = format!("racing-{visitor}");
+        let paid = Spec::new(visitor * 2 + 1, &format!("paid-{visitor}"), at("2026-05-01T10:00:00Z"))
+            .url("https://a.example/?gclid=1")
+            .fingerprint(&fingerprint);
+        let later = Spec::new(visitor * 2 + 2, &format!("later-{visitor}"), at("2026-05-02T10:00:00Z"))
+            .fingerprint(&fingerprint);
+        for (server, spec) in servers.iter().zip([paid, later]) {
+            let (server, event) = (server.clone(), spec.event(site));
+            waiting.spawn(async move { server.submit(vec![event]).await });
+        }
+    }
+    while let Some(outcomes) = waiting.join_next().await {
+        assert_durable(&outcomes.expect("no panic"));
+    }
+    assert_eq!(database.count("SELECT count(*) FROM sessions WHERE attribution = 'Ads-Assisted'").await, 200);
+}

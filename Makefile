@@ -1,0 +1,30 @@
+# The commands of this repository. Each does all the set-up it needs, on a machine with nothing
+# but Rust; what it does is in Rust too (`src/dev`), so that `cargo` alone does the same.
+
+.DEFAULT_GOAL := help
+.PHONY: help dev test lint fmt
+
+help:
+	@echo 'OpsMantik tells which ad click, visit and page made the phone ring.'
+	@echo
+	@echo '  make dev    run it here: PostgreSQL (installed if missing), a demo site and page, the server'
+	@echo '              its data stays in .opsmantik/; Ctrl-C stops all of it'
+	@echo '  make test   all tests, on a database of their own that is gone afterwards'
+	@echo '  make lint   what must hold before a commit: format, clippy'
+	@echo '  make fmt    format the sources'
+	@echo
+	@echo 'More of it: make dev ARGS="--help", make test ARGS="name_of_a_test"'
+	@echo 'All that is checked before a merge: CI=true .ci/run'
+
+dev:
+	@cargo run --locked -- dev $(ARGS)
+
+test:
+	@cargo test --locked $(ARGS)
+
+lint:
+	@cargo fmt --check
+	@cargo clippy --all-targets --locked -- -D warnings
+
+fmt:
+	@cargo fmt

@@ -1,0 +1,104 @@
+//! The command line: one file a noun.
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, Mode, Secret, Settings};
+use crate::server::{Listeners, Server, asked_to_stop};
+use crate::store::Store;
+
+mod dead_letters;
+mod partitions;
+mod site;
+
+/// Tells which ad click, visit and page made the phone ring.
+#[derive(Debug, Parser)]
+#[command(name = "opsmantik", version, propagate_version = true)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server: the public /api/sync, the QStash worker, gRPC and the operator's listener
+    Serve(Serve),
+    /// Raise everything on this machine: a private PostgreSQL, the schema, a demo site and page, the server
+    Dev(crate::dev::run::Dev),
+    /// Bring the database's schema up to date; safe to run again and by several at once
+    Migrate(Database),
+    /// Add and list the sites whose events are taken
+    #[command(subcommand)]
+    Site(site::Site),
+    /// List and make the monthly partitions
+    #[command(subcommand)]
+    Partitions(partitions::Partitions),
+    /// Look at what was accepted and could not be stored
+    #[command(subcommand)]
+    DeadLetters(dead_letters::DeadLetters),
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    #[command(flatten)]
+    settings: Settings,
+    /// Migrate the schema first; otherwise run `opsmantik migrate` before a new version serves
+    #[arg(long)]
+    migrate: bool,
+}
+
+/// Where the database is.
+#[derive(Debug, Args)]
+struct Database {
+    /// PostgreSQL: `postgres://user:password@host:5432/database?sslmode=require`
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "DATABASE_URL")]
+    database_url: Option<Secret>,
+}
+
+impl Database {
+    async fn store(&self) -> anyhow::Result<Store> {
+        let missing =
+            ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
+        let url = self.database_url.as_ref().filter(|url| !url.reveal().is_empty()).ok_or(missing)?;
+        Store::new(url.reveal(), 2).await
+    }
+}
+
+/// Runs the command that the process was called with.
+pub async fn run() -> anyhow::Result<()> {
+    match CommandLine::parse().command {
+        Command::Serve(serve) => serve.run().await,
+        Command::Dev(dev) => dev.run().await,
+        Command::Migrate(database) => {
+            let applied = database.store().await?.migrate().await?;
+            match applied.len() {
+                0 => println!("the schema is up to date"),
+                n => println!("{n} migrations applied: {}", applied.join(", ")),
+            }
+            Ok(())
+        }
+        Command::Site(site) => site.run().await,
+        Command::Partitions(partitions) => partitions.run().await,
+        Command::DeadLetters(letters) => letters.run().await,
+    }
+}
+
+impl Serve {
+    async fn run(self) -> anyhow::Result<()> {
+        self.settings.check(Mode::Serve)?;
+        let url = self.settings.database_url()?.to_owned();
+        if self.migrate {
+            Store::new(&url, 1).await?.migrate().await?;
+        }
+        let listeners = Listeners::bind(&self.settings).await?;
+        let server = Server::start(&self.settings, Mode::Serve, &url, listeners, axum::Router::new()).await?;
+        asked_to_stop().await?;
+        server.stop().await;
+        Ok(())
+    }
+}
+
+/// Prints for a script: one JSON document on standard output.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}

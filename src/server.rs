@@ -1,0 +1,157 @@
+//! The running server: wires the pieces together and takes them apart again in the right order.
+//!
+//! On stop the doors close first and finish what they took, then the pipeline writes what is waiting, then the keeper and the health task end. Whatever
+//! was answered as stored is committed by then.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::Router;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Mode, Settings};
+use crate::directory::Directory;
+use crate::grpc::{self, GrpcState};
+use crate::http::admin::{AdminState, admin_router};
+use crate::http::client_address::TrustedProxies;
+use crate::http::limit::RateLimit;
+use crate::http::serve::{Limits, serve};
+use crate::http::{self, PublicState, public_router};
+use crate::keeper::{self, Nudge};
+use crate::pipeline::{Pipeline, PipelineConfig};
+use crate::queue::Transport;
+use crate::queue::qstash::QstashTransport;
+use crate::store::Store;
+use crate::telemetry;
+
+/// Connections to the database: the writers', and some for look-ups, the keeper and readiness.
+const LOOK_UP_CONNECTIONS: u32 = 6;
+
+/// Sockets that are bound already, so that whoever starts a server knows where it listens.
+pub struct Listeners {
+    pub http: TcpListener,
+    pub grpc: TcpListener,
+    pub admin: TcpListener,
+}
+
+impl Listeners {
+    /// Binds the addresses of the settings.
+    pub async fn bind(settings: &Settings) -> anyhow::Result<Self> {
+        let bind = async |name: &str, address: SocketAddr| {
+            TcpListener::bind(address).await.with_context(|| format!("{name}: cannot listen on {address}"))
+        };
+        Ok(Self {
+            http: bind("HTTP_ADDR", settings.http_addr).await?,
+            grpc: bind("GRPC_ADDR", settings.grpc_addr).await?,
+            admin: bind("ADMIN_ADDR", settings.admin_addr).await?,
+        })
+    }
+}
+
+/// A running server.
+pub struct Server {
+    pub http_addr: SocketAddr,
+    pub grpc_addr: SocketAddr,
+    pub admin_addr: SocketAddr,
+    pipeline: Pipeline,
+    doors: Vec<JoinHandle<()>>,
+    tasks: Vec<JoinHandle<()>>,
+    close_doors: CancellationToken,
+    end_tasks: CancellationToken,
+}
+
+impl Server {
+    /// Starts everything. `beside` is served on the public listener, too (the demo page of `dev`; empty otherwise).
+    pub async fn start(
+        settings: &Settings,
+        mode: Mode,
+        database_url: &str,
+        listeners: Listeners,
+        beside: Router,
+    ) -> anyhow::Result<Self> {
+        settings.check(mode)?;
+        let grpc_addr = listeners.grpc.local_addr()?;
+        grpc::check_address(grpc_addr)?;
+        telemetry::prometheus();
+
+        let config = PipelineConfig::default();
+        let connections = u32::try_from(config.writers)? + LOOK_UP_CONNECTIONS;
+        let store = Store::new(database_url, connections).await?;
+        let (close_doors, end_tasks) = (CancellationToken::new(), CancellationToken::new());
+        let nudge = Nudge::default();
+        let pipeline = Pipeline::start(store.clone(), nudge.clone(), config);
+        let directory = Directory::new(store.clone());
+        let transport: Arc<dyn Transport> = match settings.qstash(mode)? {
+            Some(qstash) => Arc::new(QstashTransport::new(qstash, Arc::new(pipeline.clone()))?),
+            None => Arc::new(pipeline.clone()),
+        };
+        let public = public_router(PublicState {
+            directory: directory.clone(),
+            transport,
+            pipeline: pipeline.clone(),
+            store: store.clone(),
+            limit: Arc::new(RateLimit::new(settings.rate_limit)),
+            proxies: Arc::new(TrustedProxies::new(settings.trusted_proxies.0.clone())),
+            verifier: Arc::new(settings.verifier(mode)?),
+            body_patience: http::BODY_PATIENCE,
+        })
+        .merge(beside);
+        let admin = admin_router(AdminState { store: store.clone() });
+
+        let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
+        let internal = GrpcState { pipeline: pipeline.clone(), directory, store: store.clone() };
+        let stop_grpc = close_doors.clone();
+        let doors = vec![
+            tokio::spawn(serve(listeners.http, public, Limits::default(), close_doors.clone())),
+            tokio::spawn(async move {
+                if let Err(error) = grpc::serve(listeners.grpc, internal, stop_grpc).await {
+                    tracing::error!(%error, "the gRPC listener ended");
+                }
+            }),
+        ];
+        let tasks = vec![
+            tokio::spawn(serve(listeners.admin, admin, Limits::default(), end_tasks.clone())),
+            tokio::spawn(keeper::run(store, nudge, end_tasks.clone())),
+        ];
+        tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");
+        Ok(Self { http_addr, grpc_addr, admin_addr, pipeline, doors, tasks, close_doors, end_tasks })
+    }
+
+    /// Stops taking, finishes what was taken, and returns.
+    pub async fn stop(self) {
+        self.close_doors.cancel();
+        for door in self.doors {
+            log_end(door.await);
+        }
+        self.pipeline.drain().await;
+        self.end_tasks.cancel();
+        for task in self.tasks {
+            log_end(task.await);
+        }
+        tracing::info!("stopped; everything that was taken is stored");
+    }
+}
+
+fn log_end(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a task of the server broke");
+    }
+}
+
+/// Waits until the process is asked to end: SIGTERM, SIGINT (Ctrl-C) or, on a closed terminal, SIGHUP.
+pub async fn asked_to_stop() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let name = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        _ = hang_up.recv() => "SIGHUP",
+    };
+    tracing::info!(signal = name, "stopping: taking nothing more, finishing what was taken");
+    Ok(())
+}
