@@ -1,0 +1,294 @@
+//! Between the wire's words and the domain's: an event in, scores and placements out.
+//!
+//! What the contract has as typed fields goes into `meta` under the keys of `/api/sync`, so that [`Event::accept`] derives the same from
+//! both doors. A typed field wins over the same key in `metadata`. Only what the domain cannot judge is refused here: size, id, depth.
+//!
+//! [`Event::accept`]: crate::domain::event::Event::accept
+
+use std::net::{IpAddr, SocketAddr};
+
+use chrono::{DateTime, Utc};
+use prost::Message;
+use prost_types::value::Kind;
+use serde_json::{Map, Number, Value};
+
+use super::proto;
+use crate::domain::attribution::Attribution;
+use crate::domain::client::{Device, TruncatedIp};
+use crate::domain::event::{Arrival, Draft};
+use crate::domain::id::EventId;
+use crate::domain::outcome::Receipt;
+use crate::domain::refusal::{Refusal, RefusalReason};
+use crate::domain::signal::{Score, Signal, SignalSet};
+
+/// Largest event, encoded.
+const MAX_EVENT: usize = 64 << 10;
+/// Deepest nesting of `metadata`: what JSON readers downstream take without complaint.
+const MAX_DEPTH: usize = 64;
+/// Integers up to here are exact as doubles.
+const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+
+/// Click ids that come by parameter name.
+const OTHER_CLICK_IDS: [&str; 8] = ["gclid", "wbraid", "gbraid", "gclsrc", "dclid", "fbclid", "ttclid", "msclkid"];
+/// The keys of `meta` that mean something else; under `click_ids.others` they must decide nothing.
+const MEANINGFUL_KEYS: [&str; 21] = [
+    "fp",
+    "lan",
+    "mem",
+    "con",
+    "sw",
+    "sh",
+    "dpr",
+    "gpu",
+    "con_type",
+    "city",
+    "district",
+    "country",
+    "timezone",
+    "duration_sec",
+    "scroll_pct",
+    "cta_hovers",
+    "focus_dur",
+    "active_sec",
+    "exit_page",
+    "intent_stamp",
+    "intent_action",
+];
+
+/// The event's id if it has one that can be read: what a rejection is told apart by.
+pub(super) fn readable_id(event: &proto::Event) -> Option<EventId> {
+    event.id.as_deref()?.trim().parse().ok()
+}
+
+/// The site as the event names it, and the event as the domain wants to see it.
+pub(super) fn read(event: proto::Event, received_at: DateTime<Utc>) -> Result<(String, Draft, Arrival), Refusal> {
+    if event.encoded_len() > MAX_EVENT {
+        return Err(Refusal {
+            reason: RefusalReason::EventTooLarge,
+            field: "".into(),
+            message: format!("the event is over {} KiB", MAX_EVENT >> 10),
+        });
+    }
+    let id = match (&event.id, readable_id(&event)) {
+        (None, _) => None,
+        (Some(_), Some(id)) => Some(id.to_string()),
+        (Some(_), None) => return Err(Refusal::invalid("id", "it is no UUID")),
+    };
+    if event.site.trim().is_empty() {
+        return Err(Refusal::missing("site", "the site's public id or UUID"));
+    }
+    if event.occurred_at.is_some() {
+        return Err(Refusal::invalid("occurred_at", "importing history is not supported yet"));
+    }
+
+    let mut meta = Meta(object(event.metadata.unwrap_or_default(), 0)?);
+    meta.text("fp", event.fingerprint);
+    meta.text("intent_stamp", event.intent_stamp);
+    meta.text("intent_action", event.intent_action);
+    meta.click_ids(event.click_ids.unwrap_or_default());
+    meta.client_hints(event.client_hints.unwrap_or_default());
+    meta.geo(event.geo.unwrap_or_default());
+    meta.gauges(event.gauges.unwrap_or_default());
+
+    let arrival = Arrival {
+        ip: event.client_ip.as_deref().and_then(address).map(TruncatedIp::of),
+        device: event.user_agent.as_deref().and_then(Device::of_user_agent),
+        ..Arrival::at(received_at)
+    };
+    let draft = Draft {
+        id,
+        url: Some(event.url),
+        session: Some(event.session_id),
+        month_hint: event.session_month_hint,
+        category: Some(event.category),
+        action: Some(event.action),
+        label: event.label,
+        value: event.value,
+        referrer: event.referrer,
+        client_time_ms: event.client_time.as_ref().map(milliseconds),
+        meta: meta.0,
+    };
+    Ok((event.site.trim().to_owned(), draft, arrival))
+}
+
+/// `meta` in the making. What is absent leaves a key of `metadata` as it is.
+struct Meta(Map<String, Value>);
+
+impl Meta {
+    fn text(&mut self, key: &str, text: Option<String>) {
+        if let Some(text) = text.filter(|text| !text.is_empty()) {
+            self.0.insert(key.to_owned(), Value::String(text));
+        }
+    }
+
+    fn count(&mut self, key: &str, count: Option<u32>) {
+        if let Some(count) = count {
+            self.0.insert(key.to_owned(), count.into());
+        }
+    }
+
+    fn measure(&mut self, key: &str, measure: Option<f64>) {
+        if let Some(measure) = measure.filter(|measure| measure.is_finite() && *measure >= 0.0) {
+            self.0.insert(key.to_owned(), number(measure));
+        }
+    }
+
+    fn click_ids(&mut self, ids: proto::ClickIds) {
+        let proto::ClickIds { gclid, wbraid, gbraid, others } = ids;
+        for (name, id) in others {
+            let name = name.to_ascii_lowercase();
+            let new = !self.0.contains_key(&name) && !MEANINGFUL_KEYS.contains(&name.as_str());
+            if new || OTHER_CLICK_IDS.contains(&name.as_str()) {
+                self.text(&name, Some(id));
+            }
+        }
+        self.text("gclid", gclid);
+        self.text("wbraid", wbraid);
+        self.text("gbraid", gbraid);
+    }
+
+    fn client_hints(&mut self, hints: proto::ClientHints) {
+        let proto::ClientHints {
+            language,
+            memory_gib,
+            processors,
+            screen_width,
+            screen_height,
+            device_pixel_ratio,
+            gpu,
+            connection_type,
+        } = hints;
+        self.text("lan", language);
+        self.measure("mem", memory_gib);
+        self.count("con", processors);
+        self.count("sw", screen_width);
+        self.count("sh", screen_height);
+        self.measure("dpr", device_pixel_ratio);
+        self.text("gpu", gpu);
+        self.text("con_type", connection_type);
+    }
+
+    fn geo(&mut self, geo: proto::Geo) {
+        let proto::Geo { city, district, country, timezone } = geo;
+        self.text("city", city);
+        self.text("district", district);
+        self.text("country", country);
+        self.text("timezone", timezone);
+    }
+
+    fn gauges(&mut self, gauges: proto::Gauges) {
+        let proto::Gauges { duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec, exit_page } = gauges;
+        self.count("duration_sec", duration_sec);
+        self.count("scroll_pct", scroll_pct);
+        self.count("cta_hovers", cta_hovers);
+        self.count("focus_dur", focus_dur);
+        self.count("active_sec", active_sec);
+        self.text("exit_page", exit_page);
+    }
+}
+
+fn object(object: prost_types::Struct, depth: usize) -> Result<Map<String, Value>, Refusal> {
+    object.fields.into_iter().map(|(key, value)| Ok((key, json(value, depth + 1)?))).collect()
+}
+
+fn json(value: prost_types::Value, depth: usize) -> Result<Value, Refusal> {
+    if depth > MAX_DEPTH {
+        return Err(Refusal::invalid("metadata", "it is nested too deeply"));
+    }
+    Ok(match value.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(flag)) => Value::Bool(flag),
+        Some(Kind::NumberValue(value)) => number(value),
+        Some(Kind::StringValue(text)) => Value::String(text),
+        Some(Kind::ListValue(list)) => {
+            Value::Array(list.values.into_iter().map(|item| json(item, depth + 1)).collect::<Result<_, _>>()?)
+        }
+        Some(Kind::StructValue(inner)) => Value::Object(object(inner, depth)?),
+    })
+}
+
+/// A double as JSON: a whole number as an integer, as `/api/sync` would have it; what is not finite is null.
+fn number(value: f64) -> Value {
+    #[allow(clippy::cast_possible_truncation)] // whole, and within the range in which doubles are exact
+    if value.fract() == 0.0 && value.abs() <= MAX_EXACT {
+        return Value::from(value as i64);
+    }
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
+}
+
+fn milliseconds(time: &prost_types::Timestamp) -> f64 {
+    #[allow(clippy::cast_precision_loss)] // milliseconds of any year that occurs are exact
+    let seconds = time.seconds as f64;
+    seconds * 1e3 + (f64::from(time.nanos) / 1e6).floor()
+}
+
+/// An address, with or without a port.
+fn address(text: &str) -> Option<IpAddr> {
+    let text = text.trim();
+    text.parse().ok().or_else(|| text.parse::<SocketAddr>().ok().map(|address| address.ip()))
+}
+
+/// A score with its breakdown.
+pub(super) fn score(signals: SignalSet) -> proto::Score {
+    let breakdown: Vec<proto::SignalPoints> = signals
+        .iter()
+        .map(|signal| proto::SignalPoints { signal: wire_signal(signal).into(), points: signal.points().into() })
+        .collect();
+    let value = signals.score().get().into();
+    let sum: u32 = breakdown.iter().map(|line| line.points).sum();
+    proto::Score { value, capped: sum > value, breakdown }
+}
+
+/// Where an event came to rest.
+pub(super) fn placement(receipt: &Receipt, event_signals: SignalSet) -> proto::Placement {
+    let attribution = match receipt.attribution {
+        Attribution::OrganicReferral => proto::Attribution::OrganicReferral,
+        Attribution::AdsAssisted => proto::Attribution::AdsAssisted,
+        Attribution::DirectToAds => proto::Attribution::DirectToAds,
+    };
+    proto::Placement {
+        session: Some(proto::SessionKey {
+            site_id: receipt.session.site_id.to_string(),
+            session_month: receipt.session.month.to_string(),
+            session_id: receipt.session.id.to_string(),
+        }),
+        event_score: Some(score(event_signals)),
+        session_score: Some(score_alone(receipt.score)),
+        attribution: attribution.into(),
+    }
+}
+
+/// A score of which only the value is known.
+fn score_alone(score: Score) -> proto::Score {
+    proto::Score { value: score.get().into(), breakdown: Vec::new(), capped: false }
+}
+
+/// The signal that the wire names; none for the unspecified one.
+pub(super) fn signal(wire: proto::Signal) -> Option<Signal> {
+    match wire {
+        proto::Signal::Unspecified => None,
+        proto::Signal::PrimaryConversion => Some(Signal::PrimaryConversion),
+        proto::Signal::Interaction => Some(Signal::Interaction),
+        proto::Signal::Scroll50 => Some(Signal::Scroll50),
+        proto::Signal::Scroll90 => Some(Signal::Scroll90),
+        proto::Signal::HoverIntent => Some(Signal::HoverIntent),
+        proto::Signal::GoogleReferrer => Some(Signal::GoogleReferrer),
+        proto::Signal::ReturningAdsAssisted => Some(Signal::ReturningAdsAssisted),
+    }
+}
+
+fn wire_signal(signal: Signal) -> proto::Signal {
+    match signal {
+        Signal::PrimaryConversion => proto::Signal::PrimaryConversion,
+        Signal::Interaction => proto::Signal::Interaction,
+        Signal::Scroll50 => proto::Signal::Scroll50,
+        Signal::Scroll90 => proto::Signal::Scroll90,
+        Signal::HoverIntent => proto::Signal::HoverIntent,
+        Signal::GoogleReferrer => proto::Signal::GoogleReferrer,
+        Signal::ReturningAdsAssisted => proto::Signal::ReturningAdsAssisted,
+    }
+}
+
+#[cfg(test)]
+#[path = "convert_tests.rs"]
+mod tests;

@@ -1,0 +1,81 @@
+//! The one mapping from what went wrong to what a caller is told.
+//!
+//! What is wrong with an item is a [`Rejection`]; a whole request that cannot be understood is INVALID_ARGUMENT with the same words as
+//! `google.rpc.BadRequest` violations; what may be tried again is UNAVAILABLE with a `google.rpc.RetryInfo`. Inner errors stay in the log.
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+use super::proto::{Rejection, RejectionReason};
+use crate::domain::outcome::{DeathReason, Unavailable};
+use crate::domain::refusal::{Refusal, RefusalReason};
+
+/// Most violations that one status tells: they travel in trailers, which clients bound to a few KiB.
+const MAX_VIOLATIONS: usize = 16;
+
+impl Rejection {
+    pub(super) fn of(reason: RejectionReason, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { reason: reason.into(), field: field.into(), message: message.into() }
+    }
+}
+
+impl From<Refusal> for Rejection {
+    fn from(refusal: Refusal) -> Self {
+        let reason = match refusal.reason {
+            RefusalReason::MissingField => RejectionReason::Missing,
+            RefusalReason::InvalidField | RefusalReason::InvalidJson => RejectionReason::Invalid,
+            RefusalReason::EventTooLarge => RejectionReason::TooLarge,
+            RefusalReason::UnknownSite => RejectionReason::UnknownSite,
+        };
+        Self::of(reason, refusal.field, refusal.message)
+    }
+}
+
+impl From<DeathReason> for Rejection {
+    fn from(reason: DeathReason) -> Self {
+        let (field, message) = match reason {
+            DeathReason::RefusedByDatabase | DeathReason::MalformedJob => {
+                ("", "the database refuses the event; it is kept among the dead letters")
+            }
+            DeathReason::UnknownSite => {
+                ("site", "the site was removed while the event came in; it is kept among the dead letters")
+            }
+        };
+        Self::of(RejectionReason::Unstorable, field, message)
+    }
+}
+
+/// INVALID_ARGUMENT: the request cannot be understood, for these reasons.
+pub(super) fn bad_request(violations: Vec<Rejection>) -> Status {
+    let summary = match violations.as_slice() {
+        [only] => only.message.clone(),
+        [first, rest @ ..] => format!("{} (and {} more)", first.message, rest.len()),
+        [] => "the request cannot be understood".to_owned(),
+    };
+    let violations = violations.into_iter().take(MAX_VIOLATIONS).map(|violation| FieldViolation {
+        reason: violation.reason().as_str_name().to_owned(),
+        field: violation.field,
+        description: violation.message,
+        localized_message: None,
+    });
+    let details = ErrorDetails::with_bad_request(violations.collect::<Vec<_>>());
+    Status::with_error_details(Code::InvalidArgument, summary, details)
+}
+
+/// UNAVAILABLE: nothing was promised; try again.
+pub(super) fn unavailable(why: Unavailable) -> Status {
+    let message = match why {
+        Unavailable::Busy => "the server is busy; send the request again",
+        Unavailable::Database => "the database does not answer; send the request again",
+        Unavailable::Partition => "the month's partition is being made; send the request again",
+        Unavailable::Stopping => "the server is stopping; send the request again",
+    };
+    Status::with_error_details(Code::Unavailable, message, ErrorDetails::with_retry_info(Some(why.retry_after())))
+}
+
+/// UNIMPLEMENTED: the contract has the RPC, this version does not serve it.
+pub(super) fn unimplemented<T>(rpc: &str) -> Result<T, Status> {
+    Err(Status::unimplemented(format!(
+        "`{rpc}` is part of the contract, but this version of the server does not serve it"
+    )))
+}
