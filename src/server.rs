@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
-use crate::grpc::{self, GrpcState};
+use crate::grpc::{self, GrpcState, Health};
 use crate::http::admin::{AdminState, admin_router};
 use crate::http::client_address::TrustedProxies;
 use crate::http::limit::RateLimit;
@@ -102,12 +102,13 @@ impl Server {
         let admin = admin_router(AdminState { store: store.clone() });
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
-        let internal = GrpcState { pipeline: pipeline.clone(), directory, store: store.clone() };
+        let internal = GrpcState { pipeline: pipeline.clone(), directory };
+        let health = Health::of(store.clone());
         let stop_grpc = close_doors.clone();
         let doors = vec![
             tokio::spawn(serve(listeners.http, public, Limits::default(), close_doors.clone())),
             tokio::spawn(async move {
-                if let Err(error) = grpc::serve(listeners.grpc, internal, stop_grpc).await {
+                if let Err(error) = grpc::serve(listeners.grpc, internal, health, stop_grpc).await {
                     tracing::error!(%error, "the gRPC listener ended");
                 }
             }),

@@ -38,9 +38,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// already, and its user or its libraries not be there yet.
 pub(super) fn one_at_a_time() -> MutexGuard<'static, ()> {
     // A test that panicked while it held this has spoiled nothing.
-    ONE_AT_A_TIME
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// What a piece of software is called where.

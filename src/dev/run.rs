@@ -64,8 +64,7 @@ impl Dev {
         let api_base = format!("http://{http_addr}");
         let demo = Demo { store, site_id: site.id, public_id: site.public_id.clone(), api_base };
 
-        let server =
-            Server::start(&self.settings, Mode::Dev, &url, listeners, demo.clone().router("/demo")).await?;
+        let server = Server::start(&self.settings, Mode::Dev, &url, listeners, demo.clone().router("/demo")).await?;
         let stop_demo = CancellationToken::new();
         let demo_page = tokio::spawn(serve(demo_listener, demo.router(""), Limits::default(), stop_demo.clone()));
         print_what_to_do(&server, demo_addr, &site, &cluster.psql_line(DATABASE));
@@ -82,8 +81,7 @@ impl Dev {
 fn raise(data_dir: PathBuf) -> anyhow::Result<Cluster> {
     let progress = Progress::stderr();
     let postgres = Postgres::find_or_install(progress)?;
-    let options =
-        ClusterOptions { postgres, data_dir, port: None, durable: true, settings: Vec::new(), keep: true };
+    let options = ClusterOptions { postgres, data_dir, port: None, durable: true, settings: Vec::new(), keep: true };
     Ok(Cluster::start(options, progress)?)
 }
 

@@ -37,18 +37,10 @@ pub struct NpmPackage {
 }
 
 /// Lints the protocol's definitions.
-pub const BUF: Tool = Tool::NpmPackage(NpmPackage {
-    name: "@bufbuild/buf",
-    version: "1.75.0",
-    program: Some("buf"),
-});
+pub const BUF: Tool = Tool::NpmPackage(NpmPackage { name: "@bufbuild/buf", version: "1.75.0", program: Some("buf") });
 
 /// QStash's own client library: the judge of our signatures and our publishing.
-pub const QSTASH: Tool = Tool::NpmPackage(NpmPackage {
-    name: "@upstash/qstash",
-    version: "2.12.0",
-    program: None,
-});
+pub const QSTASH: Tool = Tool::NpmPackage(NpmPackage { name: "@upstash/qstash", version: "2.12.0", program: None });
 
 /// Where a tool is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,23 +90,17 @@ pub fn skip_or_fail(missing: &Missing) {
     if std::env::var("CI").is_ok_and(|value| value == "true" || value == "1") {
         panic!("{test} cannot run: {missing}");
     }
-    write_stderr(&format!(
-        "\n*** SKIPPED {test}\n*** {missing}\n*** With CI=true this is a failure.\n\n"
-    ));
+    write_stderr(&format!("\n*** SKIPPED {test}\n*** {missing}\n*** With CI=true this is a failure.\n\n"));
 }
 
 fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
     if let Some(found) = find(tool) {
         return Ok(found);
     }
-    let missing = |why| Missing {
-        tool,
-        why: Box::new(why),
-    };
+    let missing = |why| Missing { tool, why: Box::new(why) };
     match tool {
         Tool::NpmPackage(package) => {
-            let npm =
-                find_or_install(Tool::Npm, progress).map_err(|needs| missing(Why::Needs(needs)))?;
+            let npm = find_or_install(Tool::Npm, progress).map_err(|needs| missing(Why::Needs(needs)))?;
             package.install(&npm.path, progress).map_err(missing)
         }
         Tool::Chromium | Tool::Chromedriver => install(tool, &CHROMIUM_PACKAGES, progress),
@@ -122,26 +108,14 @@ fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
     }
 }
 
-const CHROMIUM_PACKAGES: Packages = Packages {
-    what: "Chromium and its driver",
-    apt: &["chromium", "chromium-driver"],
-    brew: &[],
-};
+const CHROMIUM_PACKAGES: Packages =
+    Packages { what: "Chromium and its driver", apt: &["chromium", "chromium-driver"], brew: &[] };
 
-const NODE_PACKAGES: Packages = Packages {
-    what: "Node and npm",
-    apt: &["nodejs", "npm"],
-    brew: &["node"],
-};
+const NODE_PACKAGES: Packages = Packages { what: "Node and npm", apt: &["nodejs", "npm"], brew: &["node"] };
 
 fn install(tool: Tool, packages: &Packages, progress: Progress) -> Result<Found, Missing> {
-    let missing = |why| Missing {
-        tool,
-        why: Box::new(why),
-    };
-    packages
-        .install(progress)
-        .map_err(|error| missing(error.into()))?;
+    let missing = |why| Missing { tool, why: Box::new(why) };
+    packages.install(progress).map_err(|error| missing(error.into()))?;
     find(tool).ok_or_else(|| missing(Why::NotOnPath))
 }
 
@@ -158,9 +132,8 @@ fn find(tool: Tool) -> Option<Found> {
         }
     };
     let path = std::env::var_os("PATH")?;
-    let mut places: Vec<PathBuf> = std::env::split_paths(&path)
-        .flat_map(|folder| names.iter().map(move |name| folder.join(name)))
-        .collect();
+    let mut places: Vec<PathBuf> =
+        std::env::split_paths(&path).flat_map(|folder| names.iter().map(move |name| folder.join(name))).collect();
     if tool == Tool::Chromium {
         for app in ["Google Chrome", "Chromium"] {
             let inside = format!("/Applications/{app}.app/Contents/MacOS/{app}");
@@ -235,10 +208,7 @@ fn npm_folder() -> PathBuf {
 
 fn on(path: &Path) -> impl Fn(io::Error) -> Why + use<> {
     let path = path.to_path_buf();
-    move |source| Why::Folder {
-        path: path.clone(),
-        source,
-    }
+    move |source| Why::Folder { path: path.clone(), source }
 }
 
 #[cfg(test)]
@@ -251,10 +221,7 @@ mod tests {
             Ok(found) => found,
             Err(missing) => return skip_or_fail(&missing),
         };
-        assert!(
-            buf.path
-                .ends_with("@bufbuild/buf@1.75.0/node_modules/.bin/buf")
-        );
+        assert!(buf.path.ends_with("@bufbuild/buf@1.75.0/node_modules/.bin/buf"));
         let output = Command::new(&buf.path).arg("--version").output();
         let output = output.expect("an installed program runs");
         assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "1.75.0");
@@ -269,10 +236,7 @@ mod tests {
             program: Some("buf"),
         });
         let missing = require(tool).expect_err("there is no such version");
-        assert!(
-            missing.to_string().contains("0.0.0-no-such-version"),
-            "{missing}"
-        );
+        assert!(missing.to_string().contains("0.0.0-no-such-version"), "{missing}");
         assert_eq!(find(tool), None, "and leaves nothing that looks like it");
     }
 }
