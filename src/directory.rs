@@ -1,7 +1,7 @@
 //! Which sites exist and which origins they allow, cached for seconds.
 //!
 //! Every door asks here before it processes anything. The caches are bounded, also for ids and origins that nobody knows, so that a
-//! flood of rubbish neither grows memory nor reaches the database twice; a site that was just added is known after [`UNKNOWN_FOR`].
+//! flood of rubbish neither grows memory nor reaches the database twice; a site that was just added is known within seconds.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -4,15 +4,22 @@ use std::time::Duration;
 
 use super::attribution::Attribution;
 use super::id::SessionKey;
-use super::signal::Score;
+use super::signal::{Score, SignalSet};
 
 /// Where a durable event went and what its session looks like since.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Receipt {
     pub session: SessionKey,
-    /// The session's score, not only this event's.
-    pub score: Score,
+    /// The session's signals, not only this event's.
+    pub signals: SignalSet,
     pub attribution: Attribution,
+}
+
+impl Receipt {
+    /// The session's score.
+    pub fn score(&self) -> Score {
+        self.signals.score()
+    }
 }
 
 /// Why an accepted event could not be stored. It is in `dead_letters` by then.

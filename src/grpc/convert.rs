@@ -19,7 +19,7 @@ use crate::domain::event::{Arrival, Draft};
 use crate::domain::id::EventId;
 use crate::domain::outcome::Receipt;
 use crate::domain::refusal::{Refusal, RefusalReason};
-use crate::domain::signal::{Score, Signal, SignalSet};
+use crate::domain::signal::{Signal, SignalSet};
 
 /// Largest event, encoded.
 const MAX_EVENT: usize = 64 << 10;
@@ -253,14 +253,9 @@ pub(super) fn placement(receipt: &Receipt, event_signals: SignalSet) -> proto::P
             session_id: receipt.session.id.to_string(),
         }),
         event_score: Some(score(event_signals)),
-        session_score: Some(score_alone(receipt.score)),
+        session_score: Some(score(receipt.signals)),
         attribution: attribution.into(),
     }
-}
-
-/// A score of which only the value is known.
-fn score_alone(score: Score) -> proto::Score {
-    proto::Score { value: score.get().into(), breakdown: Vec::new(), capped: false }
 }
 
 /// The signal that the wire names; none for the unspecified one.

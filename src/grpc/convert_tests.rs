@@ -216,14 +216,14 @@ fn a_placement_tells_key_score_and_attribution() {
     };
     let own: SignalSet = [Signal::Scroll90].into_iter().collect();
     let receipt =
-        Receipt { session, score: own.with(Signal::PrimaryConversion).score(), attribution: Attribution::AdsAssisted };
+        Receipt { session, signals: own.with(Signal::PrimaryConversion), attribution: Attribution::AdsAssisted };
     let placement = placement(&receipt, own);
     let key = placement.session.clone().unwrap_or_default();
     assert_eq!(key.session_month, "2026-11-01");
     assert_eq!(key.site_id, "00000000-0000-0000-0000-000000000001");
     assert_eq!(key.session_id, "00000000-0000-0000-0000-000000000002");
     assert_eq!(placement.event_score.as_ref().map(|score| (score.value, score.breakdown.len())), Some((30, 2)));
-    assert_eq!(placement.session_score.as_ref().map(|score| score.value), Some(80));
+    assert_eq!(placement.session_score.as_ref().map(|score| (score.value, score.breakdown.len())), Some((80, 3)));
     assert_eq!(placement.attribution(), proto::Attribution::AdsAssisted);
 }
 

@@ -184,10 +184,10 @@ struct Said {
 fn said(verdict: Verdict) -> Result<Said, Problem> {
     match verdict {
         Verdict::Final(Outcome::Stored(receipt)) => {
-            Ok(Said { status: StatusCode::OK, name: "stored", score: Some(receipt.score.get()) })
+            Ok(Said { status: StatusCode::OK, name: "stored", score: Some(receipt.score().get()) })
         }
         Verdict::Final(Outcome::Duplicate(receipt)) => {
-            Ok(Said { status: StatusCode::OK, name: "duplicate", score: Some(receipt.score.get()) })
+            Ok(Said { status: StatusCode::OK, name: "duplicate", score: Some(receipt.score().get()) })
         }
         Verdict::Queued => Ok(Said { status: StatusCode::ACCEPTED, name: "queued", score: None }),
         Verdict::Final(Outcome::Dead(reason)) => Err(reason.into()),

@@ -15,7 +15,7 @@ use crate::domain::id::{SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
 use crate::domain::outcome::{Outcome, Receipt};
 use crate::domain::session::Session;
-use crate::domain::signal::Score;
+use crate::domain::signal::SignalSet;
 use crate::store::ads_history::{Follower, Visit};
 use crate::store::error::StoreError;
 use crate::store::locks::{self, LockName};
@@ -60,7 +60,7 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Vec<Outcom
             let receipt = Receipt {
                 session: *key,
                 // No session: the event's id is taken by an event of another session, and this copy changed nothing.
-                score: session.map_or(Score::default(), Session::score),
+                signals: session.map_or(SignalSet::EMPTY, Session::signals),
                 attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
             };
             if new.contains(&place) { Outcome::Stored(receipt) } else { Outcome::Duplicate(receipt) }

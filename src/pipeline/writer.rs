@@ -20,9 +20,12 @@ use crate::store::dead_letters::DeadLetter;
 use crate::store::error::{Fault, StoreError};
 use crate::telemetry;
 
-/// Pauses between the tries of a batch while the database is away.
+/// Pauses between the tries of a batch while the database is away: enough for a connection that was cut or a failover of a blink. Whoever waits
+/// behind is told soon, and has a place of its own to keep the event.
 const PAUSES: [Duration; 4] =
-    [Duration::from_millis(20), Duration::from_millis(100), Duration::from_millis(400), Duration::from_millis(1500)];
+    [Duration::from_millis(20), Duration::from_millis(100), Duration::from_millis(300), Duration::from_millis(700)];
+/// No further try after this, counted from the first.
+const RETRY_WITHIN: Duration = Duration::from_millis(1500);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
 
@@ -88,6 +91,7 @@ impl Writer {
     async fn write_patiently(&self, group: &Group, deadline: tokio::time::Instant) -> Result<Vec<Outcome>, StoreError> {
         let events: Vec<&Event> = group.iter().map(|(_, event)| event).collect();
         let mut pauses = PAUSES.iter();
+        let first_try = Instant::now();
         let mut conflicts = 0;
         loop {
             let written = timeout_at(deadline, batch::write(&self.store, &events)).await;
@@ -102,8 +106,8 @@ impl Writer {
                     Duration::from_millis(rand::random_range(1..=10))
                 }
                 Fault::Away => match pauses.next() {
-                    Some(pause) => *pause,
-                    None => return Err(error),
+                    Some(pause) if first_try.elapsed() < RETRY_WITHIN => *pause,
+                    _ => return Err(error),
                 },
                 _ => return Err(error),
             };

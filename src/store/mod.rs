@@ -30,7 +30,7 @@ pub struct Store {
 }
 
 /// No operation on the pool waits longer than this for a connection.
-const CONNECTION_WAIT: Duration = Duration::from_secs(2);
+const CONNECTION_WAIT: Duration = Duration::from_secs(1);
 
 impl Store {
     /// A store for a connection string; connects when it is first used.
@@ -41,14 +41,29 @@ impl Store {
 
     /// Opens a transaction under the role of its purpose.
     pub async fn begin(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
-        let connection = tokio::time::timeout(CONNECTION_WAIT, self.pool.get())
+        let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
-            .map_err(|_| StoreError::away("connect", "no connection became free in time"))?
-            .map_err(|error| match error {
-                bb8::RunError::User(error) => StoreError::of("connect", error),
-                bb8::RunError::TimedOut => StoreError::away("connect", "no connection became free in time"),
-            })?;
+            .unwrap_or_else(|_| Err(StoreError::away("connect", "no connection became free in time")))?;
         Transaction::begin(connection, purpose).await
+    }
+
+    /// A connection, or the news that there is none and none can be opened.
+    async fn connection(&self) -> Result<bb8::PooledConnection<'_, Manager>, StoreError> {
+        let free = self.pool.get();
+        tokio::pin!(free);
+        loop {
+            let refusal = self.manager.refusal();
+            tokio::select! {
+                biased;
+                connection = &mut free => return connection.map_err(|error| match error {
+                    bb8::RunError::User(error) => StoreError::of("connect", error),
+                    bb8::RunError::TimedOut => StoreError::away("connect", "no connection became free in time"),
+                }),
+                () = refusal => if self.pool.state().connections == 0 {
+                    return Err(StoreError::away("connect", "the database refuses connections"));
+                }
+            }
+        }
     }
 
     /// Whether the database answers under our own role.

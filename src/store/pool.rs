@@ -31,6 +31,8 @@ impl Connection {
 #[derive(Clone)]
 pub struct Manager {
     config: Config,
+    /// Rung whenever a connection cannot be opened, so that nobody waits for one that will not come.
+    refused: Arc<tokio::sync::Notify>,
     tls: Option<MakeRustlsConnect>,
 }
 
@@ -57,7 +59,12 @@ impl Manager {
             SslMode::Disable => None,
             _ => Some(MakeRustlsConnect::new(client_tls(verify)?)),
         };
-        Ok(Self { config, tls })
+        Ok(Self { config, refused: Arc::default(), tls })
+    }
+
+    /// Resolves when the next attempt to open a connection fails.
+    pub(super) fn refusal(&self) -> tokio::sync::futures::Notified<'_> {
+        self.refused.notified()
     }
 
     /// A connection outside the pool, for migrations.
@@ -88,7 +95,11 @@ impl bb8::ManageConnection for Manager {
     type Error = tokio_postgres::Error;
 
     async fn connect(&self) -> Result<Connection, tokio_postgres::Error> {
-        Ok(Connection { client: self.open().await?, in_transaction: AtomicBool::new(false) })
+        let opened = self.open().await;
+        if opened.is_err() {
+            self.refused.notify_waiters();
+        }
+        Ok(Connection { client: opened?, in_transaction: AtomicBool::new(false) })
     }
 
     async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {

@@ -82,7 +82,7 @@ async fn a_second_copy_changes_nothing_and_hears_of_the_session() {
     let first = pipeline.submit(vec![event.clone(), event.clone()]).await;
     let traffic = database.traffic().await;
     let (Outcome::Stored(stored), Outcome::Duplicate(same)) = (first[0], first[1]) else { panic!("{first:?}") };
-    assert_eq!((stored, stored.score.get()), (same, 60));
+    assert_eq!((stored, stored.score().get()), (same, 60));
     let again = pipeline.submit(vec![event]).await;
     assert_eq!(again, [Outcome::Duplicate(stored)]);
     assert_eq!(database.traffic().await, traffic);
