@@ -7,6 +7,9 @@ use url::{Host, Url};
 
 use super::page::is_within;
 
+/// Longest host name, in bytes: the DNS has no longer ones.
+const MAX_HOST: usize = 253;
+
 /// A parsed `Origin` header: `scheme://host[:port]`. `null`, paths and other schemes are none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Origin {
@@ -26,6 +29,9 @@ impl Origin {
             Host::Domain(domain) => domain.trim_end_matches('.').to_owned(),
             address => address.to_string(),
         };
+        if host.len() > MAX_HOST {
+            return None;
+        }
         Some(Self { scheme: url.scheme().to_owned(), host, port: url.port_or_known_default() })
     }
 
@@ -117,6 +123,7 @@ mod tests {
         ] {
             assert!(!allowed(&[], bad), "{bad}");
         }
+        assert!(!allowed(&[], &format!("https://{}.example.com", "a".repeat(300))), "longer than any host");
         assert!(allowed(&["http://127.0.0.1:8090"], "http://127.0.0.1:8090"));
         assert!(!allowed(&["http://127.0.0.1:8090"], "http://127.0.0.1:8091"));
         assert!(!allowed(&["https://shop.example.net"], "http://shop.example.net"), "the scheme counts");
