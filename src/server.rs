@@ -75,8 +75,6 @@ impl Server {
         settings.check(mode)?;
         let grpc_addr = listeners.grpc.local_addr()?;
         grpc::check_address(grpc_addr)?;
-        telemetry::prometheus();
-
         let config = PipelineConfig::default();
         let connections = u32::try_from(config.writers)? + LOOK_UP_CONNECTIONS;
         let store = Store::new(database_url, connections).await?;
@@ -116,6 +114,7 @@ impl Server {
         let tasks = vec![
             tokio::spawn(serve(listeners.admin, admin, Limits::default(), end_tasks.clone())),
             tokio::spawn(keeper::run(store, nudge, end_tasks.clone())),
+            tokio::spawn(telemetry::fold_samples(end_tasks.clone())),
         ];
         tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");
         Ok(Self { http_addr, grpc_addr, admin_addr, pipeline, doors, tasks, close_doors, end_tasks })

@@ -1,9 +1,11 @@
 //! Logs and metrics: the names of all metrics are here, and nowhere a payload, an address or a secret.
 
+use std::io::IsTerminal;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::domain::outcome::Outcome;
@@ -26,7 +28,11 @@ pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
     let started = if std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json") {
         logs.json().try_init()
     } else {
@@ -54,6 +60,17 @@ pub fn prometheus() -> &'static PrometheusHandle {
         drop(metrics::set_global_recorder(recorder));
         handle
     })
+}
+
+/// Folds recorded samples into their histograms now and then, until `stop`: else they would pile up where nobody scrapes.
+pub async fn fold_samples(stop: CancellationToken) {
+    let mut tick = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => prometheus().run_upkeep(),
+        }
+    }
 }
 
 /// Counts the one outcome of one event.
