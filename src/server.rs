@@ -75,6 +75,8 @@ impl Server {
         settings.check(mode)?;
         let grpc_addr = listeners.grpc.local_addr()?;
         grpc::check_address(grpc_addr)?;
+        // Installed before anything is counted.
+        telemetry::prometheus();
         let config = PipelineConfig::default();
         let connections = u32::try_from(config.writers)? + LOOK_UP_CONNECTIONS;
         let store = Store::new(database_url, connections).await?;

@@ -286,7 +286,8 @@ fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Send + Sync>> 
         id: SessionId::from_uuid(row.try_get("id")?),
     };
     let created_at: DateTime<Utc> = row.try_get("created_at")?;
-    let Provenance(evidence) = serde_json::from_value(row.try_get("provenance")?)?;
+    // Of a hand that wrote something else into these two, only the values count: one odd row must not hold up its neighbours.
+    let Provenance(evidence) = serde_json::from_value(row.try_get("provenance")?).unwrap_or_default();
     let untold = Stamp { at: created_at, event: EventId::from_uuid(Uuid::nil()) };
 
     let mut told_fields = BTreeMap::new();
@@ -304,7 +305,7 @@ fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Send + Sync>> 
         }
     }
 
-    let clicks: Map<String, Value> = serde_json::from_value(row.try_get("click_ids")?)?;
+    let clicks: Map<String, Value> = serde_json::from_value(row.try_get("click_ids")?).unwrap_or_default();
     let mut firsts = BTreeMap::new();
     let mut put = |field: Field, value: Option<String>| {
         if let Some(value) = value {

@@ -89,6 +89,22 @@ async fn a_second_copy_changes_nothing_and_hears_of_the_session() {
 }
 
 #[tokio::test]
+async fn a_row_that_a_hand_wrote_is_a_session_like_any_other() {
+    let database = database().await;
+    let site = database.site("by_hand").await.id;
+    let pipeline = start(&database.store, PipelineConfig::default());
+    let (first, second) = (Spec::new(1, "s", Utc::now()).event(site), Spec::new(2, "s", Utc::now()).event(site));
+    assert!(matches!(pipeline.submit(vec![first]).await[0], Outcome::Stored(_)));
+    let edit =
+        "UPDATE sessions SET provenance = '{\"odd\": 1}', click_ids = '[]', city = 'X', exit_page = NULL, signals = 33";
+    database.admin.batch_execute(edit).await.expect("edited");
+    let outcome = pipeline.submit(vec![second]).await[0];
+    let Outcome::Stored(receipt) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(receipt.score().get(), 65, "the hand's signals and the event's own");
+    assert_eq!(database.count("SELECT event_count FROM sessions WHERE city = 'X'").await, 2);
+}
+
+#[tokio::test]
 async fn a_database_that_is_away_is_told_in_time_and_used_again_when_it_is_back() {
     let database = database().await;
     let site = database.site("away").await.id;
