@@ -2,13 +2,17 @@
 //!
 //! Delivery is at least once and in any order; exactly-once is ours, by the event's id. The signature comes first, over the raw bytes. What can never
 //! be stored is buried in `dead_letters` and only then answered 489, which stops QStash; while it cannot be buried either, QStash keeps it
-//! (503). A delivery is our own [`Job`], or the tracker's JSON from another producer, with an `id` in every event.
+//! (503) and hears when to come again, so that its few retries outlast a night without a database. A delivery is our own [`Job`], or the
+//! tracker's JSON from another producer, with an `id` in every event.
+
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
 use http::Method;
+use http::header::RETRY_AFTER;
 
 use super::answer::{self, Problem};
 use super::wire::{self, Body};
@@ -21,6 +25,12 @@ use crate::store::dead_letters::DeadLetter;
 
 /// Most bytes of a delivery: QStash's own limit.
 const MAX_DELIVERY: usize = 1 << 20;
+
+/// When QStash is to come again, by how often it came again before. It takes `Retry-After` for its own back-off and has three retries
+/// ([`crate::queue::qstash`]): the first is for a restart, the second for a repair, the last for the next morning. After that the message would lie in
+/// QStash's own dead letter queue.
+const COME_AGAIN: [Duration; 3] =
+    [Duration::from_secs(15), Duration::from_secs(15 * 60), Duration::from_secs(8 * 3600)];
 
 pub async fn worker(State(state): State<PublicState>, request: Request) -> Response {
     if request.method() != Method::POST {
@@ -36,7 +46,17 @@ pub async fn worker(State(state): State<PublicState>, request: Request) -> Respo
         tracing::warn!(http.route = "/api/sync/worker", %error, "a delivery was refused");
         return Problem::signature().into_response();
     }
-    super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(logged) }).await
+    let retried = parts.headers.get("upstash-retried").and_then(|value| value.to_str().ok()?.parse().ok());
+    let response = super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(logged) }).await;
+    patient(response, retried.unwrap_or(0))
+}
+
+/// Spreads the retries of a delivery that cannot be stored now: what a browser is told, a few seconds, would use them all up within one outage.
+fn patient(mut response: Response, retried: usize) -> Response {
+    if let Some(wait) = response.headers_mut().get_mut(RETRY_AFTER) {
+        *wait = COME_AGAIN[retried.min(COME_AGAIN.len() - 1)].as_secs().into();
+    }
+    response
 }
 
 /// What of a delivery can never be stored.
@@ -104,7 +124,7 @@ async fn read(
     let (mut events, mut corpse) = (Vec::with_capacity(read.len()), None);
     for wire in read {
         let site = match &wire.site {
-            Ok(text) => state.directory.site(text).await?,
+            Ok(text) => state.directory.site_for_sure(text).await?,
             Err(refusal) => {
                 corpse = corpse.or(Some(Corpse::malformed(refusal)));
                 continue;

@@ -29,8 +29,8 @@ pub const PUBLISHED: &str = "opsmantik_qstash_published_total";
 /// Events that went to the fallback, by reason.
 pub const FELL_BACK: &str = "opsmantik_qstash_fell_back_total";
 
-/// How often QStash tries again; the edge's own deliveries are worth a few hours of back-off.
-const RETRIES: &str = "5";
+/// How often QStash tries again: its default, and the most that its free plan has. The worker makes them last, by `Retry-After`.
+const RETRIES: &str = "3";
 const CONNECT: Duration = Duration::from_secs(1);
 const WHOLE: Duration = Duration::from_secs(3);
 /// Requests to QStash at once.
@@ -219,9 +219,10 @@ impl Prepared {
         Ok(Self { at, deduplication_id: name.simple().to_string(), body })
     }
 
-    fn headers(&self) -> [(&'static str, &str); 3] {
+    fn headers(&self) -> [(&'static str, &str); 4] {
         [
             ("Content-Type", "application/json"),
+            ("Upstash-Method", "POST"),
             ("Upstash-Retries", RETRIES),
             ("Upstash-Deduplication-Id", &self.deduplication_id),
         ]

@@ -8,6 +8,7 @@ mod cluster;
 mod http;
 mod merge;
 mod pipeline;
+mod qstash;
 mod schema;
 mod statements;
 mod support;

@@ -143,7 +143,7 @@ async fn one_event_is_published_as_a_job_that_can_be_told_from_every_other() {
     assert_eq!(seen.path, "/v2/publish/https://c.example/api/sync/worker");
     assert_eq!(seen.headers["authorization"], "Bearer t0ken");
     assert_eq!(seen.headers["content-type"], "application/json");
-    assert_eq!(seen.headers["upstash-retries"], "5");
+    assert_eq!(seen.headers["upstash-retries"], "3");
     let name = seen.headers["upstash-deduplication-id"].to_str().unwrap_or_default();
     assert!(name.len() == 32 && name.bytes().all(|b| b.is_ascii_hexdigit()), "{name}");
     let delivered = Job::event_from_json(&seen.body, Utc::now()).expect("our own job");
@@ -165,7 +165,7 @@ async fn many_events_are_published_together_and_not_too_many() {
     let messages: Vec<Value> = serde_json::from_str(&seen[0].body).unwrap_or_default();
     assert_eq!(messages.len(), BATCH);
     assert_eq!(messages[0]["destination"], "https://c.example/api/sync/worker");
-    assert_eq!(messages[0]["headers"]["Upstash-Retries"], "5");
+    assert_eq!(messages[0]["headers"]["Upstash-Retries"], "3");
     assert_ne!(messages[0]["headers"]["Upstash-Deduplication-Id"], messages[1]["headers"]["Upstash-Deduplication-Id"]);
     let body = messages[1]["body"].as_str().unwrap_or_default();
     assert_eq!(Job::event_from_json(body, Utc::now()).ok().and_then(|event| event.label).as_deref(), Some("1"));
