@@ -263,6 +263,15 @@ async fn two_servers_on_one_database_store_each_event_once_and_keep_the_months_t
     }
 }
 
+/// A folder that is gone with its test, however that ends.
+struct Place(std::path::PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
 /// A cluster that may be pulled away without hurting another test.
 fn raise(folder: &std::path::Path) -> Cluster {
     let progress = Progress::stderr();
@@ -278,8 +287,9 @@ async fn raised(folder: &std::path::Path) -> Cluster {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn with_its_database_pulled_away_it_says_so_quickly_and_recovers_by_itself() {
-    let folder = std::env::temp_dir().join(format!("opsmantik-test-{}", Uuid::new_v4().simple()));
-    let cluster = raised(&folder).await;
+    let place = Place(std::env::temp_dir().join(format!("opsmantik-test-{}", Uuid::new_v4().simple())));
+    let folder = &place.0;
+    let cluster = raised(folder).await;
     let url = cluster.url("away");
     Store::create_database(&cluster.url("postgres"), "away").await.expect("a new database");
     let store = Store::new(&url, 2).await.expect("a URL");
@@ -328,7 +338,7 @@ async fn with_its_database_pulled_away_it_says_so_quickly_and_recovers_by_itself
     tokio::time::sleep(Duration::from_secs(3)).await;
 
     tokio::task::spawn_blocking(move || cluster.stop()).await.expect("no panic").expect("what is left of it ends");
-    let cluster = raised(&folder).await;
+    let cluster = raised(folder).await;
     assert_eq!(cluster.url("away"), url, "it comes back where it was");
     let back = Instant::now();
     while client.get(&ready_url).send().await.expect("an answer").status() != 200 {
@@ -367,7 +377,6 @@ async fn with_its_database_pulled_away_it_says_so_quickly_and_recovers_by_itself
     server.program.stop(STOP_LIMIT).await;
     drop(database);
     tokio::task::spawn_blocking(move || cluster.stop()).await.expect("no panic").expect("it stops");
-    std::fs::remove_dir_all(&folder).expect("the folder is ours");
 }
 
 /// Waits until gRPC health says so, as it must within seconds.
