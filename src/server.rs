@@ -43,6 +43,7 @@ impl Listeners {
         let bind = async |name: &str, address: SocketAddr| {
             TcpListener::bind(address).await.with_context(|| format!("{name}: cannot listen on {address}"))
         };
+        grpc::check_address(settings.grpc_addr).context("GRPC_ADDR")?;
         Ok(Self {
             http: bind("HTTP_ADDR", settings.http_addr).await?,
             grpc: bind("GRPC_ADDR", settings.grpc_addr).await?,
@@ -74,7 +75,7 @@ impl Server {
     ) -> anyhow::Result<Self> {
         settings.check(mode)?;
         let grpc_addr = listeners.grpc.local_addr()?;
-        grpc::check_address(grpc_addr)?;
+        grpc::check_address(grpc_addr).context("GRPC_ADDR")?;
         // Installed before anything is counted.
         telemetry::prometheus();
         let config = PipelineConfig::default();

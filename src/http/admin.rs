@@ -54,6 +54,7 @@ async fn readyz(State(state): State<AdminState>) -> Response {
 async fn reasons(store: &Store) -> Vec<String> {
     let readiness = match timeout(PATIENCE, store.readiness(Month::of(Utc::now()), MONTHS_NEEDED)).await {
         Err(_) => return vec![format!("database: no answer within {} s", PATIENCE.as_secs())],
+        Ok(Err(error)) if error.is_missing_schema() => return vec![format!("schema: {}", error.detail)],
         Ok(Err(error)) => {
             tracing::warn!(error = &error as &dyn std::error::Error, "not ready: the database is away");
             return vec!["database: away, see the log".to_owned()];

@@ -9,7 +9,7 @@
 //! writes large batches, and nobody waits for a timer. Events wait in arrival order. The room is counted in bytes, so memory stays flat.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
@@ -45,6 +45,7 @@ impl Default for PipelineConfig {
 /// An event in the waiting room. Whoever drops it without an answer has broken a promise, and its caller hears *unavailable*.
 struct Waiting {
     event: Event,
+    since: Instant,
     answer: oneshot::Sender<Outcome>,
     _room: OwnedSemaphorePermit,
 }
@@ -103,7 +104,9 @@ impl Pipeline {
         let permits = u32::try_from(event.weight().div_ceil(PERMIT_BYTES)).map_err(|_| Unavailable::Busy)?;
         let room = self.room.clone().try_acquire_many_owned(permits).map_err(|_| Unavailable::Busy)?;
         let (answer, receiver) = oneshot::channel();
-        self.door.send(Waiting { event, answer, _room: room }).map_err(|_| Unavailable::Stopping)?;
+        self.door
+            .send(Waiting { event, since: Instant::now(), answer, _room: room })
+            .map_err(|_| Unavailable::Stopping)?;
         Ok(receiver)
     }
 
@@ -130,9 +133,10 @@ async fn write_until_closed(
                 () = closing.cancelled() => return,
             }
         }
+        let since = batch.iter().map(|waiting| waiting.since).min().unwrap_or_else(Instant::now);
         let (events, answers): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|waiting| (waiting.event, (waiting.answer, waiting._room))).unzip();
-        let outcomes = writer.write(events).await;
+        let outcomes = writer.write(events, since).await;
         debug_assert_eq!(outcomes.len(), answers.len(), "one outcome an event");
         for ((answer, _room), outcome) in answers.into_iter().zip(outcomes) {
             // A caller that hung up does not want its answer; the event is stored all the same.

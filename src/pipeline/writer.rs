@@ -23,8 +23,9 @@ use crate::telemetry;
 /// Pauses between the tries of a batch while the database is away: enough for a connection that was cut or a failover of a blink. Whoever waits
 /// behind is told soon, and has a place of its own to keep the event.
 const PAUSES: [Duration; 4] =
-    [Duration::from_millis(20), Duration::from_millis(100), Duration::from_millis(300), Duration::from_millis(700)];
-/// No further try after this, counted from the first.
+    [Duration::from_millis(20), Duration::from_millis(100), Duration::from_millis(300), Duration::from_millis(500)];
+/// No further try that would begin later than this after the batch's oldest event came in: whoever waited behind others that found the
+/// database away does not wait for the same news once more.
 const RETRY_WITHIN: Duration = Duration::from_millis(1500);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
@@ -44,8 +45,8 @@ impl Writer {
         Self { store, keeper, config }
     }
 
-    /// One outcome an event, in the order of `events`.
-    pub(super) async fn write(&self, events: Vec<Event>) -> Vec<Outcome> {
+    /// One outcome an event, in the order of `events`, the oldest of which came in at `since`.
+    pub(super) async fn write(&self, events: Vec<Event>, since: Instant) -> Vec<Outcome> {
         let started = Instant::now();
         metrics::histogram!(telemetry::BATCH_EVENTS).record(events.len() as f64);
         let mut outcomes = vec![Outcome::Unavailable(Unavailable::Database); events.len()];
@@ -55,17 +56,17 @@ impl Writer {
         }
         let deadline = tokio::time::Instant::now() + self.config.patience;
         for group in by_month.into_values() {
-            self.settle(group, deadline, &mut outcomes).await;
+            self.settle(group, since, deadline, &mut outcomes).await;
         }
         metrics::histogram!(telemetry::BATCH_SECONDS).record(started.elapsed());
         outcomes
     }
 
     /// Writes a group, halving it around what the database refuses.
-    async fn settle(&self, group: Group, deadline: tokio::time::Instant, outcomes: &mut [Outcome]) {
+    async fn settle(&self, group: Group, since: Instant, deadline: tokio::time::Instant, outcomes: &mut [Outcome]) {
         let mut groups = vec![group];
         while let Some(mut group) = groups.pop() {
-            let written = self.write_patiently(&group, deadline).await;
+            let written = self.write_patiently(&group, since, deadline).await;
             match written {
                 Ok(results) => {
                     for ((place, _), outcome) in group.iter().zip(results) {
@@ -88,10 +89,14 @@ impl Writer {
     }
 
     /// Writes a group in one transaction, again and again while that may help.
-    async fn write_patiently(&self, group: &Group, deadline: tokio::time::Instant) -> Result<Vec<Outcome>, StoreError> {
+    async fn write_patiently(
+        &self,
+        group: &Group,
+        since: Instant,
+        deadline: tokio::time::Instant,
+    ) -> Result<Vec<Outcome>, StoreError> {
         let events: Vec<&Event> = group.iter().map(|(_, event)| event).collect();
         let mut pauses = PAUSES.iter();
-        let first_try = Instant::now();
         let mut conflicts = 0;
         loop {
             let written = timeout_at(deadline, batch::write(&self.store, &events)).await;
@@ -106,7 +111,7 @@ impl Writer {
                     Duration::from_millis(rand::random_range(1..=10))
                 }
                 Fault::Away => match pauses.next() {
-                    Some(pause) if first_try.elapsed() < RETRY_WITHIN => *pause,
+                    Some(pause) if since.elapsed() + *pause < RETRY_WITHIN => *pause,
                     _ => return Err(error),
                 },
                 _ => return Err(error),

@@ -47,10 +47,21 @@ impl fmt::Display for Detail {
 impl StoreError {
     pub(super) fn of(operation: &'static str, error: tokio_postgres::Error) -> Self {
         let detail = match error.as_db_error() {
+            Some(db) if no_schema(operation, db.code()) => {
+                format!("{NO_SCHEMA} ({} {})", db.code().code(), db.message())
+            }
             Some(db) => format!("{} {}", db.code().code(), db.message()),
             None => error.to_string(),
         };
-        Self { operation, fault: classify(&error), detail: Detail(detail), source: Some(Box::new(error)) }
+        // Before a transaction has begun nothing has been said of any row.
+        let fault = if operation == BEGIN { Fault::Away } else { classify(&error) };
+        Self { operation, fault, detail: Detail(detail), source: Some(Box::new(error)) }
+    }
+
+    /// Whether the database answers, but nobody has migrated it yet, or not far enough for this program.
+    pub fn is_missing_schema(&self) -> bool {
+        let error = self.source.as_ref().and_then(|source| source.downcast_ref::<tokio_postgres::Error>());
+        error.and_then(|error| error.code()).is_some_and(|code| no_schema(self.operation, code))
     }
 
     pub(super) fn away(operation: &'static str, why: impl fmt::Display) -> Self {
@@ -66,6 +77,24 @@ impl StoreError {
     pub(super) fn unreadable(operation: &'static str, why: impl fmt::Display) -> Self {
         Self::away(operation, format_args!("unreadable row: {why}"))
     }
+}
+
+/// The operation that opens a transaction.
+pub(super) const BEGIN: &str = "begin";
+/// What to do about a role, a schema, a table or a function that is not there.
+const NO_SCHEMA: &str = "the schema is missing or older than this program: run `opsmantik migrate`";
+
+fn no_schema(operation: &str, code: &SqlState) -> bool {
+    // A role that does not exist is, to PostgreSQL, a setting's invalid value; no other value of a BEGIN of ours can be invalid.
+    (operation == BEGIN && *code == SqlState::INVALID_PARAMETER_VALUE)
+        || [
+            SqlState::INVALID_SCHEMA_NAME,
+            SqlState::UNDEFINED_TABLE,
+            SqlState::UNDEFINED_COLUMN,
+            SqlState::UNDEFINED_FUNCTION,
+            SqlState::UNDEFINED_OBJECT,
+        ]
+        .contains(code)
 }
 
 fn classify(error: &tokio_postgres::Error) -> Fault {

@@ -30,7 +30,9 @@ pub struct Store {
 }
 
 /// No operation on the pool waits longer than this for a connection.
-const CONNECTION_WAIT: Duration = Duration::from_secs(1);
+const CONNECTION_WAIT: Duration = Duration::from_millis(2500);
+/// A refused connection is asked for again after this, while others are in use and may come back.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Store {
     /// A store for a connection string; connects when it is first used.
@@ -49,13 +51,11 @@ impl Store {
 
     /// A connection, or the news that there is none and none can be opened.
     async fn connection(&self) -> Result<bb8::PooledConnection<'_, Manager>, StoreError> {
-        let free = self.pool.get();
-        tokio::pin!(free);
         loop {
             let refusal = self.manager.refusal();
             tokio::select! {
                 biased;
-                connection = &mut free => return connection.map_err(|error| match error {
+                connection = self.pool.get() => return connection.map_err(|error| match error {
                     bb8::RunError::User(error) => StoreError::of("connect", error),
                     bb8::RunError::TimedOut => StoreError::away("connect", "no connection became free in time"),
                 }),
@@ -63,6 +63,7 @@ impl Store {
                     return Err(StoreError::away("connect", "the database refuses connections"));
                 }
             }
+            tokio::time::sleep(ASK_AGAIN).await;
         }
     }
 

@@ -116,7 +116,7 @@ pub(super) async fn pool(manager: Manager, size: u32) -> Result<bb8::Pool<Manage
     bb8::Pool::builder()
         .max_size(size)
         .min_idle(None)
-        .connection_timeout(Duration::from_secs(2))
+        .connection_timeout(Duration::from_secs(3))
         .test_on_check_out(false)
         .retry_connection(false)
         .build(manager)

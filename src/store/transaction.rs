@@ -9,7 +9,7 @@ use std::time::Instant;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use super::error::StoreError;
+use super::error::{BEGIN, StoreError};
 use super::pool::Connection;
 use super::statement::Statement;
 use crate::telemetry;
@@ -52,7 +52,7 @@ impl<'a> Transaction<'a> {
     ) -> Result<Self, StoreError> {
         connection.set_in_transaction(true);
         let transaction = Self { connection };
-        transaction.simple("begin", purpose.begin()).await?;
+        transaction.simple(BEGIN, purpose.begin()).await?;
         Ok(transaction)
     }
 

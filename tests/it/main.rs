@@ -4,10 +4,13 @@
 #![allow(clippy::disallowed_methods)]
 
 mod any_body;
+mod cli;
 mod cluster;
+mod grpc;
 mod http;
 mod merge;
 mod pipeline;
+mod process;
 mod qstash;
 mod schema;
 mod statements;

@@ -1,4 +1,4 @@
-//! The one rig: a private cluster a process, a migrated database a test, events from a few words.
+//! The one rig: a private cluster a process, a migrated database a test, events from a few words, the program itself.
 
 #![allow(dead_code)] // each test uses its part of the rig
 
@@ -6,4 +6,5 @@ pub mod app;
 pub mod cluster;
 pub mod database;
 pub mod events;
+pub mod process;
 pub mod qstash;
