@@ -1,6 +1,7 @@
 //! The whole system against a real PostgreSQL: one binary, one file a behaviour.
 
 mod any_body;
+mod browser;
 mod cluster;
 mod http;
 mod merge;
