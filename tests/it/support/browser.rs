@@ -68,6 +68,7 @@ impl Tools {
             .args(["-c", script])
             .arg(&self.driver)
             .env("TZ", TIME_ZONE)
+            .env("TMPDIR", profile.temporary())
             .env("XDG_CONFIG_HOME", profile.0.join("config"))
             .env("XDG_CACHE_HOME", profile.0.join("cache"))
             .process_group(0)
@@ -124,8 +125,16 @@ fn driver_port(output: impl BufRead) -> u16 {
 pub struct Profile(PathBuf);
 
 impl Profile {
+    /// Directly in `/tmp`: the browser makes a socket some folders below, whose path must not be long.
     pub fn new() -> Self {
-        Self(std::env::temp_dir().join(format!("opsmantik-browser-{}", Uuid::new_v4().simple())))
+        let profile = Self(Path::new("/tmp").join(format!("om-browser-{:.12}", Uuid::new_v4().simple().to_string())));
+        std::fs::create_dir_all(profile.temporary()).expect("a folder in /tmp");
+        profile
+    }
+
+    /// For what the browser leaves lying about when it is killed.
+    fn temporary(&self) -> PathBuf {
+        self.0.join("tmp")
     }
 
     /// Whether any file of local storage on disk holds this text.
