@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods)]
 
 mod any_body;
+mod browser;
 mod cli;
 mod cluster;
 mod grpc;

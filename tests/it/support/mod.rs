@@ -3,8 +3,10 @@
 #![allow(dead_code)] // each test uses its part of the rig
 
 pub mod app;
+pub mod browser;
 pub mod cluster;
 pub mod database;
 pub mod events;
 pub mod process;
 pub mod qstash;
+pub mod stage;
