@@ -10,6 +10,7 @@ use url::Url;
 
 use crate::http::signature::{self, Verifier};
 use crate::queue::qstash::QstashConfig;
+use crate::secret::Secret;
 
 /// Where QStash lives if nobody says otherwise.
 const QSTASH_PUBLIC: &str = "https://qstash.upstash.io";
@@ -87,31 +88,6 @@ pub enum Queue {
 pub enum Mode {
     Serve,
     Dev,
-}
-
-/// Text that is not to be seen.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// The text itself, for the one who needs it.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::str::FromStr for Secret {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.trim().to_owned()))
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("(secret)")
-    }
 }
 
 /// A list of CIDRs; a bare address is a network of one.

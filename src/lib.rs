@@ -12,7 +12,7 @@
 //! | [`pipeline`] | batching: from accepted events to outcomes |
 //! | [`store`] | the repository: all SQL, addressed by keys that contain the month |
 //! | [`keeper`] | makes monthly partitions ahead of time |
-//! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice |
+//! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice, [`secret`] what it never says |
 //! | [`dev`] | what makes two commands enough on a bare machine |
 
 pub mod cli;
@@ -25,6 +25,7 @@ pub mod http;
 pub mod keeper;
 pub mod pipeline;
 pub mod queue;
+pub mod secret;
 pub mod server;
 pub mod store;
 pub mod telemetry;

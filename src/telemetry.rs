@@ -22,6 +22,14 @@ pub const BATCH_SECONDS: &str = "opsmantik_batch_seconds";
 pub const BATCH_EVENTS: &str = "opsmantik_batch_events";
 /// Batches that were tried again, by fault.
 pub const BATCH_RETRIES_TOTAL: &str = "opsmantik_batch_retries_total";
+/// Requests answered on the public listener, by route and status.
+pub const HTTP_REQUESTS_TOTAL: &str = "opsmantik_http_requests_total";
+/// Seconds from the head of a request to its answer, by route.
+pub const HTTP_REQUEST_SECONDS: &str = "opsmantik_http_request_seconds";
+/// Events that QStash took.
+pub const QSTASH_PUBLISHED_TOTAL: &str = "opsmantik_qstash_published_total";
+/// Events that went to the pipeline instead of QStash, by reason.
+pub const QSTASH_FELL_BACK_TOTAL: &str = "opsmantik_qstash_fell_back_total";
 /// Leaves made by the keeper.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
 

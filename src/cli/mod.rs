@@ -2,7 +2,8 @@
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, Mode, Secret, Settings};
+use crate::config::{ConfigError, Mode, Settings};
+use crate::secret::Secret;
 use crate::server::{Listeners, Server, asked_to_stop};
 use crate::store::Store;
 

@@ -25,6 +25,7 @@ use crate::directory::Directory;
 use crate::pipeline::Pipeline;
 use crate::queue::Transport;
 use crate::store::Store;
+use crate::telemetry;
 use answer::Problem;
 use client_address::TrustedProxies;
 use limit::RateLimit;
@@ -42,11 +43,6 @@ pub mod signature;
 mod sync;
 pub mod wire;
 mod worker;
-
-/// Requests answered, by route and status.
-pub const REQUESTS: &str = "opsmantik_http_requests_total";
-/// Time from the head of a request to its answer, seconds, by route.
-pub const SECONDS: &str = "opsmantik_http_request_seconds";
 
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
@@ -94,8 +90,8 @@ async fn measured(request: Request, next: Next) -> Response {
         _ => "other",
     };
     let response = next.run(request).await;
-    metrics::counter!(REQUESTS, "route" => route, "status" => response.status().as_str().to_owned()).increment(1);
-    metrics::histogram!(SECONDS, "route" => route).record(began.elapsed().as_secs_f64());
+    metrics::counter!(telemetry::HTTP_REQUESTS_TOTAL, "route" => route, "status" => response.status().as_str().to_owned()).increment(1);
+    metrics::histogram!(telemetry::HTTP_REQUEST_SECONDS, "route" => route).record(began.elapsed().as_secs_f64());
     response
 }
 

@@ -17,17 +17,13 @@ use uuid::Uuid;
 
 use super::job::Job;
 use super::{Transport, Verdict};
-use crate::config::Secret;
 use crate::domain::event::Event;
 use crate::domain::outcome::{Outcome, Unavailable};
+use crate::secret::Secret;
+use crate::telemetry;
 use breaker::Breaker;
 
 mod breaker;
-
-/// Messages that QStash took.
-pub const PUBLISHED: &str = "opsmantik_qstash_published_total";
-/// Events that went to the fallback, by reason.
-pub const FELL_BACK: &str = "opsmantik_qstash_fell_back_total";
 
 /// How often QStash tries again: its default, and the most that its free plan has. The worker makes them last, by `Retry-After`.
 const RETRIES: &str = "3";
@@ -149,7 +145,8 @@ impl QstashTransport {
                 accepted
             }
             Err(error) => {
-                metrics::counter!(FELL_BACK, "reason" => error.code()).increment(group.len() as u64);
+                metrics::counter!(telemetry::QSTASH_FELL_BACK_TOTAL, "reason" => error.code())
+                    .increment(group.len() as u64);
                 if error.is_qstashs() {
                     let opened = self.breaker.failed();
                     let cause = std::error::Error::source(&error).map(ToString::to_string);
@@ -159,9 +156,10 @@ impl QstashTransport {
             }
         };
         let taken = accepted.iter().filter(|accepted| **accepted).count();
-        metrics::counter!(PUBLISHED).increment(taken as u64);
+        metrics::counter!(telemetry::QSTASH_PUBLISHED_TOTAL).increment(taken as u64);
         if taken < group.len() {
-            metrics::counter!(FELL_BACK, "reason" => "not_in_batch").increment((group.len() - taken) as u64);
+            metrics::counter!(telemetry::QSTASH_FELL_BACK_TOTAL, "reason" => "not_in_batch")
+                .increment((group.len() - taken) as u64);
         }
         accepted
     }
@@ -263,7 +261,7 @@ impl Transport for QstashTransport {
         let prepared = events.iter().enumerate().filter_map(|(at, event)| match Prepared::of(at, event) {
             Ok(prepared) => Some(prepared),
             Err(error) => {
-                metrics::counter!(FELL_BACK, "reason" => error.code()).increment(1);
+                metrics::counter!(telemetry::QSTASH_FELL_BACK_TOTAL, "reason" => error.code()).increment(1);
                 None
             }
         });
