@@ -8,6 +8,7 @@ use chrono::{DateTime, Days, SubsecRound, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::campaign::{Campaign, ClickIds};
 use super::client::{Device, Geo, TruncatedIp};
 use super::id::{EventId, SessionId, SiteId};
 use super::month::Month;
@@ -16,91 +17,6 @@ use super::refusal::Refusal;
 use super::signal::{Signal, SignalSet};
 use super::text::{self, MAX_LABEL, MAX_REFERRER, MAX_SHORT, MAX_URL, clean, clean_some};
 use super::traffic::{Traffic, is_google_search_host};
-
-/// Ad networks' click ids.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct ClickIds {
-    pub gclid: Option<String>,
-    pub wbraid: Option<String>,
-    pub gbraid: Option<String>,
-    pub gclsrc: Option<String>,
-    pub dclid: Option<String>,
-    pub fbclid: Option<String>,
-    pub ttclid: Option<String>,
-    pub msclkid: Option<String>,
-}
-
-impl ClickIds {
-    /// The click ids in a page's address.
-    pub fn of(page: &Page) -> Self {
-        Self::from_lookup(|key| page.parameter(key).map(str::to_owned))
-    }
-
-    fn from_lookup(find: impl Fn(&str) -> Option<String>) -> Self {
-        Self {
-            gclid: find("gclid"),
-            wbraid: find("wbraid"),
-            gbraid: find("gbraid"),
-            gclsrc: find("gclsrc"),
-            dclid: find("dclid"),
-            fbclid: find("fbclid"),
-            ttclid: find("ttclid"),
-            msclkid: find("msclkid"),
-        }
-    }
-
-    fn or(self, other: Self) -> Self {
-        Self {
-            gclid: self.gclid.or(other.gclid),
-            wbraid: self.wbraid.or(other.wbraid),
-            gbraid: self.gbraid.or(other.gbraid),
-            gclsrc: self.gclsrc.or(other.gclsrc),
-            dclid: self.dclid.or(other.dclid),
-            fbclid: self.fbclid.or(other.fbclid),
-            ttclid: self.ttclid.or(other.ttclid),
-            msclkid: self.msclkid.or(other.msclkid),
-        }
-    }
-}
-
-/// Campaign parameters of the address: UTM, and Google's ValueTrack.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Campaign {
-    pub utm_source: Option<String>,
-    pub utm_medium: Option<String>,
-    pub utm_campaign: Option<String>,
-    pub utm_term: Option<String>,
-    pub utm_content: Option<String>,
-    pub matchtype: Option<String>,
-    pub device: Option<String>,
-    pub network: Option<String>,
-    pub placement: Option<String>,
-}
-
-impl Campaign {
-    pub fn of(page: &Page) -> Self {
-        let find = |key| page.parameter(key).map(str::to_owned);
-        Self {
-            utm_source: find("utm_source"),
-            utm_medium: find("utm_medium"),
-            utm_campaign: find("utm_campaign"),
-            utm_term: find("utm_term"),
-            utm_content: find("utm_content"),
-            matchtype: find("matchtype"),
-            device: find("device"),
-            network: find("network"),
-            placement: find("placement"),
-        }
-    }
-
-    pub fn has_utm(&self) -> bool {
-        [&self.utm_source, &self.utm_medium, &self.utm_campaign, &self.utm_term, &self.utm_content]
-            .iter()
-            .any(|field| field.is_some())
-    }
-}
 
 /// Running measurements of the visit; a session keeps the maximum of each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,9 +9,11 @@
 
 pub mod ads_history;
 pub mod attribution;
+pub mod campaign;
 pub mod client;
 pub mod event;
 pub mod id;
+pub mod job;
 pub mod month;
 pub mod origin;
 pub mod outcome;

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::event::{Campaign, ClickIds};
+use super::campaign::{Campaign, ClickIds};
 use super::page::{is_within, same_site};
 
 /// The rule by which a source was found, strongest first.

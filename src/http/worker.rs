@@ -19,8 +19,8 @@ use super::wire::{self, Body};
 use super::{PublicState, body};
 use crate::domain::event::{Arrival, Event};
 use crate::domain::id::{DeadLetterId, EventId, SiteId};
+use crate::domain::job::Job;
 use crate::domain::outcome::{DeathReason, Unavailable};
-use crate::queue::job::Job;
 use crate::store::dead_letters::DeadLetter;
 
 /// Most bytes of a delivery: QStash's own limit.

@@ -135,7 +135,7 @@ impl Writer {
             Fault::UnknownSite => DeathReason::UnknownSite,
             Fault::Refused => DeathReason::RefusedByDatabase,
         };
-        let payload = serde_json::to_string(&crate::queue::job::Job::new(event.clone())).unwrap_or_default();
+        let payload = serde_json::to_string(&crate::domain::job::Job::new(event.clone())).unwrap_or_default();
         let letter = DeadLetter {
             id: DeadLetterId::derived(format!("{} {}", event.site_id, event.id).as_bytes()),
             site_id: Some(event.site_id),

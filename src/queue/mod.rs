@@ -9,7 +9,6 @@ use crate::domain::event::Event;
 use crate::domain::outcome::Outcome;
 
 pub mod inline;
-pub mod job;
 pub mod qstash;
 
 /// What a transport says of one event.

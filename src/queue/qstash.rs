@@ -15,9 +15,9 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-use super::job::Job;
 use super::{Transport, Verdict};
 use crate::domain::event::Event;
+use crate::domain::job::Job;
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::secret::Secret;
 use crate::telemetry;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use opsmantik::domain::id::SiteId;
-use opsmantik::queue::job::Job;
+use opsmantik::domain::job::Job;
 use opsmantik::store::Store;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};

@@ -2,7 +2,7 @@
 
 use chrono::Utc;
 use opsmantik::domain::id::SiteId;
-use opsmantik::queue::job::Job;
+use opsmantik::domain::job::Job;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
