@@ -3,7 +3,8 @@
 //! It keeps the month before (late deliveries and visits over midnight belong there), the current one and [`MONTHS_AHEAD`] more, and mends leaves
 //! that somebody disturbed. Two keepers at once do not fight: the database function serialises them and gives up on locks quickly.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::Utc;
@@ -12,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::month::Month;
 use crate::store::Store;
+use crate::store::error::StoreError;
 use crate::telemetry;
 
 /// Months that are ready before they begin.
@@ -22,19 +24,45 @@ const EVERY: Duration = Duration::from_secs(60 * 60);
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// Wakes the keeper before its time; clones share it.
+/// How far back a month is made on demand: a delivery may be that late (see [`crate::domain::job`]), and its visit may have begun a month before.
+const MONTHS_BACK: i32 = 13;
+
+/// Tells the keeper of a month that an event needs and that is not there; clones share it.
 #[derive(Clone, Default)]
-pub struct Nudge(Arc<Notify>);
+pub struct Nudge {
+    wanted: Arc<Mutex<BTreeSet<Month>>>,
+    bell: Arc<Notify>,
+}
 
 impl Nudge {
-    pub fn wake(&self) {
-        self.0.notify_one();
+    /// Asks for a month. One that is out of all bounds is not made.
+    pub fn want(&self, month: Month) {
+        let now = Month::of(Utc::now());
+        if (now.plus(-MONTHS_BACK)..=now.plus(MONTHS_AHEAD)).contains(&month) {
+            self.wanted.lock().unwrap_or_else(PoisonError::into_inner).insert(month);
+        }
+        self.bell.notify_one();
+    }
+
+    fn take(&self) -> BTreeSet<Month> {
+        std::mem::take(&mut *self.wanted.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// Makes what is missing at `now`; the names of the leaves made.
-pub async fn keep(store: &Store, now: chrono::DateTime<Utc>) -> Result<Vec<String>, crate::store::error::StoreError> {
+pub async fn keep(store: &Store, now: chrono::DateTime<Utc>) -> Result<Vec<String>, StoreError> {
+    keep_also(store, now, &BTreeSet::new()).await
+}
+
+async fn keep_also(
+    store: &Store,
+    now: chrono::DateTime<Utc>,
+    wanted: &BTreeSet<Month>,
+) -> Result<Vec<String>, StoreError> {
     let mut made = Vec::new();
+    for month in wanted {
+        made.extend(store.ensure_month(*month).await?);
+    }
     for ahead in -1..=MONTHS_AHEAD {
         made.extend(store.ensure_month(Month::of(now).plus(ahead)).await?);
     }
@@ -44,7 +72,8 @@ pub async fn keep(store: &Store, now: chrono::DateTime<Utc>) -> Result<Vec<Strin
 /// Keeps until `stop`.
 pub async fn run(store: Store, nudge: Nudge, stop: CancellationToken) {
     loop {
-        let pause = match keep(&store, Utc::now()).await {
+        let wanted = nudge.take();
+        let pause = match keep_also(&store, Utc::now(), &wanted).await {
             Ok(made) => {
                 if !made.is_empty() {
                     tracing::info!(partitions = ?made, "made partitions");
@@ -54,6 +83,7 @@ pub async fn run(store: Store, nudge: Nudge, stop: CancellationToken) {
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot keep partitions now");
+                wanted.into_iter().for_each(|month| nudge.want(month));
                 RETRY
             }
         };
@@ -61,7 +91,7 @@ pub async fn run(store: Store, nudge: Nudge, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
             // A missing month was met. Not more often than now and then, whoever asks.
-            () = async { nudge.0.notified().await; tokio::time::sleep(Duration::from_millis(200)).await } => {}
+            () = async { nudge.bell.notified().await; tokio::time::sleep(Duration::from_millis(200)).await } => {}
         }
     }
 }

@@ -40,7 +40,7 @@ impl Gauges {
             let number = text::number(meta.get(key)?)?;
             // A cast from a float saturates; the clamp keeps it inside the gauge's own range first.
             #[allow(clippy::cast_possible_truncation)]
-            Some(number.clamp(0.0, max).round() as i32)
+            Some(number.clamp(0.0, max).floor() as i32)
         };
         Self {
             duration_sec: gauge("duration_sec", 1e9),
@@ -173,7 +173,12 @@ impl Event {
         let page = Page::read(full_url);
         let referrer_page = draft.referrer.as_deref().map(Page::read);
         let referrer_host = referrer_page.as_ref().and_then(Page::host);
-        let click_ids = ClickIds::of(&page).or(ClickIds::from_lookup(short));
+        // Only text that says something is an id; a page's `gclid: false` or "undefined" is no ad click.
+        let told = |key: &str| {
+            let text = meta.get(key)?.as_str()?;
+            clean_some(text, MAX_SHORT).filter(|id| !matches!(id.as_str(), "null" | "undefined" | "false" | "0"))
+        };
+        let click_ids = ClickIds::of(&page).or(ClickIds::from_lookup(told));
         let campaign = Campaign::of(&page);
         let traffic = Traffic::of(&click_ids, &campaign, page.host(), referrer_host);
         let gauges = Gauges::of(&meta);
@@ -239,6 +244,22 @@ impl Event {
             (Signal::GoogleReferrer, referrer_host.is_some_and(is_google_search_host)),
         ];
         raised.into_iter().filter_map(|(signal, holds)| holds.then_some(signal)).collect()
+    }
+
+    /// The field that no door would have let through like this; none for an event that [`Event::accept`] made. For readers of what has travelled.
+    pub fn defect(&self) -> Option<&'static str> {
+        let text = |text: &str, max: usize| (1..=max).contains(&text.len()) && !text.contains('\0');
+        let earliest = self.received_at.checked_sub_days(Days::new(1));
+        [
+            ("url", text(&self.url, MAX_URL)),
+            ("exit_page", text(&self.exit_page, MAX_URL)),
+            ("category", text(&self.category, MAX_SHORT)),
+            ("action", text(&self.action, MAX_SHORT)),
+            ("occurred_at", self.occurred_at <= self.received_at && Some(self.occurred_at) >= earliest),
+            ("value", self.value.is_none_or(f64::is_finite)),
+        ]
+        .into_iter()
+        .find_map(|(field, whole)| (!whole).then_some(field))
     }
 
     /// The month in which it arrived.
@@ -366,9 +387,20 @@ mod tests {
         assert_eq!(score(|d| (d.action, d.label) = (Some("scroll_depth".into()), Some("90%".into()))), 30);
         assert_eq!(score(|d| d.value = Some(90.0)), 0, "a value is a depth only for scroll_depth");
         assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 55, "cta_hovers": 2}))), 25);
+        assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 49.9, "cta_hovers": 0.9}))), 0, "not reached");
+        assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 89.9}))), 10);
         assert_eq!(score(|d| d.action = Some("hover_intent".into())), 15);
         assert_eq!(score(|d| d.referrer = Some("https://www.google.com.tr/search?q=x".into())), 5);
         assert_eq!(score(|d| d.referrer = Some("https://evil.example/www.google.com".into())), 0);
+    }
+
+    #[test]
+    fn only_text_that_says_something_is_a_click_id() {
+        for odd in [json!(false), json!(0), json!(null), json!("undefined"), json!("null"), json!(" "), json!(["x"])] {
+            let event = accept(|d| d.meta = meta(json!({"gclid": odd})));
+            assert_eq!((event.click_ids.gclid, event.traffic.source.as_str()), (None, "Direct"), "{odd}");
+        }
+        assert_eq!(accept(|d| d.meta = meta(json!({"gclid": "Cj0"}))).click_ids.gclid.as_deref(), Some("Cj0"));
     }
 
     #[test]

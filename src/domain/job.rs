@@ -38,6 +38,8 @@ pub enum NotAJob {
     FromTheFuture,
     #[error("`event.received_at` is more than a year ago")]
     TooOld,
+    #[error("`event` was never accepted anywhere: `{0}` is not what an event has")]
+    NoEvent(&'static str),
 }
 
 impl<'a> Job<'a> {
@@ -76,6 +78,8 @@ impl Job<'static> {
             Err(NotAJob::FromTheFuture)
         } else if event.received_at < now - OLDEST {
             Err(NotAJob::TooOld)
+        } else if let Some(field) = event.defect() {
+            Err(NotAJob::NoEvent(field))
         } else {
             Ok(event)
         }
@@ -116,6 +120,10 @@ mod tests {
         assert!(read(now + TimeDelta::minutes(6)).is_some_and(|error| error.contains("future")));
         assert!(read(now - TimeDelta::days(400)).is_some_and(|error| error.contains("year")));
         let error = |text| Job::event_from_json(text, now).err().map(|error| error.to_string()).unwrap_or_default();
+        let mut hollow = event(now);
+        hollow.url.clear();
+        let hollow = Job::of(&hollow).to_json().unwrap_or_default();
+        assert!(error(&hollow).contains("`url`"), "{}", error(&hollow));
         assert!(error(r#"{"v":2,"event":null}"#).contains("`v` is 2"));
         let unreadable = error(r#"{"v":1,"event":"a visitor's secret"}"#);
         assert!(unreadable.contains("cannot be read") && !unreadable.contains("secret"), "{unreadable}");

@@ -77,7 +77,10 @@ pub fn parse_domain(text: &str) -> Option<String> {
         Host::Domain(domain) => domain.trim_end_matches('.').to_owned(),
         address => address.to_string(),
     };
-    (!host.is_empty()).then_some(host)
+    // One label alone would let in a whole top-level domain; only a developer's own machine is named like that.
+    let is_one = host.contains('.') || host.starts_with('[') || host == "localhost";
+    let is_name = !host.contains('*') && host.len() <= MAX_HOST;
+    (is_one && is_name).then_some(host)
 }
 
 /// An extra origin in its one stored form, `scheme://host[:port]` or `*`.
@@ -144,6 +147,9 @@ mod tests {
         }
         assert_eq!(parse_domain("https://Example.com/x"), Some("example.com".to_owned()));
         assert_eq!(parse_domain("example.com:8443"), Some("example.com".to_owned()));
-        assert_eq!(parse_domain("exa mple"), None);
+        for bad in ["exa mple", "*", "*.example.com", "com", ""] {
+            assert_eq!(parse_domain(bad), None, "{bad}");
+        }
+        assert_eq!(parse_domain("localhost"), Some("localhost".to_owned()));
     }
 }

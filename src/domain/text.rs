@@ -33,19 +33,32 @@ pub fn clean_some(text: &str, max: usize) -> Option<String> {
     (!cleaned.is_empty()).then_some(cleaned)
 }
 
-/// JSON that PostgreSQL takes as `jsonb`: no NUL in any key or string, however deep.
+/// Deepest nesting of kept JSON. Below it a value is kept as the text that it was, so that what was accepted here can be read again wherever it
+/// travels: a job and a dead letter wrap it in a few more levels, and parsers stop at 128.
+const MAX_DEPTH: usize = 64;
+
+/// JSON that PostgreSQL takes as `jsonb`: no NUL in any key or string, and nested no deeper than [`MAX_DEPTH`].
 pub fn clean_json(value: Value) -> Value {
+    clean_below(value, MAX_DEPTH)
+}
+
+fn clean_below(value: Value, depth: usize) -> Value {
     match value {
         Value::String(text) if text.contains('\0') => Value::String(text.replace('\0', "")),
-        Value::Array(items) => Value::Array(items.into_iter().map(clean_json).collect()),
-        Value::Object(map) => Value::Object(clean_map(map)),
+        Value::Array(_) | Value::Object(_) if depth == 0 => Value::String(value.to_string().replace("\\u0000", "")),
+        Value::Array(items) => Value::Array(items.into_iter().map(|item| clean_below(item, depth - 1)).collect()),
+        Value::Object(map) => Value::Object(clean_map_below(map, depth)),
         other => other,
     }
 }
 
+fn clean_map_below(map: Map<String, Value>, depth: usize) -> Map<String, Value> {
+    map.into_iter().map(|(key, value)| (key.replace('\0', ""), clean_below(value, depth - 1))).collect()
+}
+
 /// As [`clean_json`], for an object.
 pub fn clean_map(map: Map<String, Value>) -> Map<String, Value> {
-    map.into_iter().map(|(key, value)| (key.replace('\0', ""), clean_json(value))).collect()
+    clean_map_below(map, MAX_DEPTH)
 }
 
 /// A scalar as text: a string as it is, a number or boolean printed; nothing for null, arrays and objects.
@@ -85,6 +98,16 @@ mod tests {
     fn json_loses_every_nul() {
         let dirty = json!({"a\u{0}": ["x\u{0}y", {"\u{0}": 1.5}], "n": null});
         assert_eq!(clean_json(dirty), json!({"a": ["xy", {"": 1.5}], "n": null}));
+    }
+
+    #[test]
+    fn what_is_nested_too_deeply_is_kept_as_text() {
+        let deep = (0..120).fold(json!("x"), |inner, _| json!([inner]));
+        let kept = clean_json(json!({ "a": deep }));
+        let depth = kept.to_string().split('"').nth(2).map_or(0, |opening| opening.matches('[').count());
+        assert_eq!(depth, MAX_DEPTH - 1);
+        assert!(kept.to_string().contains("x"), "nothing is lost");
+        assert_eq!(clean_json(kept.clone()), kept);
     }
 
     #[test]

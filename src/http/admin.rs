@@ -61,7 +61,7 @@ async fn reasons(store: &Store) -> Vec<String> {
         }
         Ok(Ok(readiness)) => readiness,
     };
-    let faults = readiness.faults.into_iter().map(|fault| format!("partition: {fault}"));
+    let faults = readiness.faults.into_iter().map(|fault| format!("storage: {fault}"));
     let missing = readiness.missing_months.iter().map(|month| format!("partition: the month {month} is missing"));
     faults.chain(missing).collect()
 }

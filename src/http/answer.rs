@@ -106,7 +106,7 @@ impl Problem {
     /// A delivery that must not come again.
     pub fn undeliverable(reason: DeathReason) -> Self {
         let status = StatusCode::from_u16(NON_RETRYABLE).unwrap_or(StatusCode::UNPROCESSABLE_ENTITY);
-        Self { status, non_retryable: true, ..Self::from(reason) }
+        Self { status, non_retryable: true, field: None, ..Self::from(reason) }
     }
 
     pub fn is_server_side(&self) -> bool {
@@ -138,7 +138,15 @@ impl From<DeathReason> for Problem {
             DeathReason::UnknownSite => "no site has this id; the event has been put aside",
             DeathReason::MalformedJob => "this is no event that can be stored; it has been put aside",
         };
-        Self::new(StatusCode::BAD_REQUEST, reason.code(), message)
+        match reason {
+            // As for a site that nobody ever knew; this one was removed a moment ago.
+            DeathReason::UnknownSite => {
+                Self { field: Some("s".into()), ..Self::new(StatusCode::NOT_FOUND, reason.code(), message) }
+            }
+            DeathReason::RefusedByDatabase | DeathReason::MalformedJob => {
+                Self::new(StatusCode::BAD_REQUEST, reason.code(), message)
+            }
+        }
     }
 }
 

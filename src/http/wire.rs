@@ -171,7 +171,7 @@ pub fn read(bytes: &[u8]) -> Result<Body, Refusal> {
         return Err(Refusal::json("it is empty"));
     }
     match read_text(text) {
-        Err(refusal) => match with_whole_surrogates(text) {
+        Err(refusal) => match mended(text) {
             Some(repaired) => read_text(&repaired),
             None => Err(refusal),
         },
@@ -202,43 +202,68 @@ fn shallow(text: &str) -> serde_json::Result<HashMap<String, &RawValue>> {
     serde_json::from_str(text)
 }
 
-/// Parses; a second time with whole surrogates if that helps.
+/// Parses; a second time mended if that helps.
 fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Refusal> {
-    serde_json::from_str(text).or_else(|error| match with_whole_surrogates(text) {
+    serde_json::from_str(text).or_else(|error| match mended(text) {
         Some(repaired) => serde_json::from_str(&repaired).map_err(Refusal::json),
         None => Err(Refusal::json(error)),
     })
 }
 
-/// `text` with every escaped half of a surrogate pair (`\ud83d` alone, as browsers write a cut emoji) replaced by `\ufffd`; none if there
-/// was no such half.
-fn with_whole_surrogates(text: &str) -> Option<String> {
+/// `text` with what JSON allows and our parser does not made readable: an escaped half of a surrogate pair (`\ud83d` alone, as browsers
+/// write a cut emoji) becomes `\ufffd`, a number beyond a double (`1e400`) becomes the text that it was. None if there was nothing of the kind.
+fn mended(text: &str) -> Option<String> {
     let bytes = text.as_bytes();
     let code = |at: usize| {
         let hex = text.get(at..at + 6)?.strip_prefix("\\u")?;
         hex.bytes().all(|b| b.is_ascii_hexdigit()).then(|| u16::from_str_radix(hex, 16).ok())?
     };
-    let mut halves = Vec::new();
-    let mut at = 0;
+    let mut mended = String::new();
+    let (mut at, mut kept, mut in_string) = (0, 0, false);
     while at < bytes.len() {
-        at += match (bytes[at], code(at)) {
-            (b'\\', Some(0xd800..=0xdbff)) if matches!(code(at + 6), Some(0xdc00..=0xdfff)) => 12,
-            (b'\\', Some(0xd800..=0xdfff)) => {
-                halves.push(at);
-                6
+        let begin = at;
+        let patch = match (in_string, bytes[at]) {
+            (_, b'"') => {
+                in_string = !in_string;
+                at += 1;
+                None
             }
-            (b'\\', _) => 2,
-            _ => 1,
+            (true, b'\\') => match (code(at), code(at + 6)) {
+                (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => {
+                    at += 12;
+                    None
+                }
+                (Some(0xd800..=0xdfff), _) => {
+                    at += 6;
+                    Some("\\ufffd".to_owned())
+                }
+                _ => {
+                    at += 2;
+                    None
+                }
+            },
+            (false, b'-' | b'0'..=b'9') => {
+                let end = bytes[at..].iter().position(|b| !matches!(b, b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9'));
+                at = end.map_or(bytes.len(), |length| at + length);
+                let number = &text[begin..at];
+                number.parse::<f64>().is_ok_and(f64::is_infinite).then(|| format!("\"{number}\""))
+            }
+            _ => {
+                at += 1;
+                None
+            }
         };
+        if let Some(patch) = patch {
+            mended.push_str(&text[kept..begin]);
+            mended.push_str(&patch);
+            kept = at;
+        }
     }
-    if halves.is_empty() {
+    if kept == 0 {
         return None;
     }
-    let mut repaired = text.to_owned();
-    for half in halves {
-        repaired.replace_range(half..half + 6, "\\ufffd");
-    }
-    Some(repaired)
+    mended.push_str(text.get(kept..)?);
+    Some(mended)
 }
 
 fn usable(value: Option<&Value>) -> bool {

@@ -129,7 +129,7 @@ impl Writer {
         let reason = match fault {
             Fault::Away | Fault::Conflict => return Outcome::Unavailable(Unavailable::Database),
             Fault::MissingPartition => {
-                self.keeper.wake();
+                self.keeper.want(Month::for_new_session(event.month_hint, event.received_at));
                 return Outcome::Unavailable(Unavailable::Partition);
             }
             Fault::UnknownSite => DeathReason::UnknownSite,

@@ -16,6 +16,7 @@ crate::statement!(
     [DATE],
     "SELECT unnest(opsmantik.ensure_month($1))"
 );
+crate::statement!(STORAGE_FAULTS, Months::None, [], "SELECT fault FROM opsmantik.storage_faults() AS fault");
 crate::statement!(LEAF_FAULTS, Months::None, [], "SELECT leaf || ': ' || fault FROM opsmantik.leaf_faults()");
 crate::statement!(
     MISSING_MONTHS,
@@ -33,7 +34,7 @@ crate::statement!(
 /// Whether the schema can take what comes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Readiness {
-    /// Leaves that lack identity, row level security, a policy or a grant, or have one too many.
+    /// Why the server's role could not write, and leaves that lack identity, row level security, a policy or a grant, or have one too many.
     pub faults: Vec<String>,
     /// Of this month and the next: those without a partition.
     pub missing_months: Vec<Month>,
@@ -56,6 +57,15 @@ pub struct MonthOfData {
     pub bytes: Option<i64>,
 }
 
+/// Why the server's role could not store an event now; nothing if it could.
+pub(super) async fn storage_faults(store: &Store) -> Result<Vec<String>, StoreError> {
+    let tx = store.begin(Purpose::Serve).await?;
+    let rows = tx.query(&STORAGE_FAULTS, &[]).await?;
+    tx.commit().await?;
+    let faults = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>();
+    faults.map_err(|error| StoreError::unreadable(STORAGE_FAULTS.name, error))
+}
+
 impl Store {
     /// Makes the month's leaves if they are missing and mends them if they are wrong; idempotent.
     pub async fn ensure_month(&self, month: Month) -> Result<Vec<String>, StoreError> {
@@ -69,7 +79,8 @@ impl Store {
     /// Whether every leaf is right and the months from `month` on, `ahead` of them, are there.
     pub async fn readiness(&self, month: Month, ahead: i32) -> Result<Readiness, StoreError> {
         let tx = self.begin(Purpose::Serve).await?;
-        let faults = tx.query(&LEAF_FAULTS, &[]).await?;
+        let mut faults = tx.query(&STORAGE_FAULTS, &[]).await?;
+        faults.extend(tx.query(&LEAF_FAULTS, &[]).await?);
         let missing = tx.query(&MISSING_MONTHS, &[&month.first_day(), &ahead]).await?;
         tx.commit().await?;
         let read = || -> Result<Readiness, tokio_postgres::Error> {

@@ -161,6 +161,46 @@ async fn without_a_database_the_answer_is_503_and_the_server_not_ready() {
 }
 
 #[tokio::test]
+async fn before_a_database_that_takes_no_writes_the_server_is_not_ready() {
+    let app = App::start(0).await;
+    let admin = &app.database.admin;
+    let ready = || Answer::of(app.client.get(format!("http://{}/readyz", app.admin)));
+    assert_eq!(ready().await.status, 200);
+    let name = &app.database.name;
+    let cut = format!(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+    );
+    for (breaks, mends, why) in [
+        (
+            format!("ALTER DATABASE {name} SET default_transaction_read_only = on"),
+            format!("ALTER DATABASE {name} RESET default_transaction_read_only"),
+            "read-only",
+        ),
+        (
+            "REVOKE SELECT ON sites FROM opsmantik_service".to_owned(),
+            "GRANT SELECT ON sites TO opsmantik_service".to_owned(),
+            "public.sites",
+        ),
+    ] {
+        admin.batch_execute(&breaks).await.expect("broken");
+        admin.batch_execute(&cut).await.expect("new connections notice");
+        let mut told = ready().await;
+        if told.body["reasons"].to_string().contains("database") {
+            told = ready().await; // the first look met a connection that was cut
+        }
+        assert_eq!(told.status, 503, "{why}");
+        assert!(told.body["reasons"].to_string().contains(why), "{}", told.body);
+        assert!(app.database.store.ping().await.is_err(), "health follows: {why}");
+        admin.batch_execute(&format!("SET default_transaction_read_only = off; {mends}")).await.expect("mended");
+        admin.batch_execute(&cut).await.expect("new connections notice");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while ready().await.status != 200 {
+            assert!(Instant::now() < deadline, "not ready again after {why}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_slow_sender_is_cut_off_and_a_large_one_sees_why() {
     let app = App::start(0).await;
     let head = |length: usize| {

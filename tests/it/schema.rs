@@ -101,6 +101,23 @@ async fn two_keepers_at_once_do_not_fight_and_no_reader_is_in_their_way() {
     open.rollback().await.expect("the reader was never in the way");
 }
 
+#[tokio::test]
+async fn a_month_that_a_late_event_needs_is_made_while_it_waits() {
+    let database = database().await;
+    let site = database.site("late").await.id;
+    let (nudge, stop) = (keeper::Nudge::default(), tokio_util::sync::CancellationToken::new());
+    let running = tokio::spawn(keeper::run(database.store.clone(), nudge.clone(), stop.clone()));
+    let pipeline = opsmantik::pipeline::Pipeline::start(database.store.clone(), nudge, Default::default());
+    let late = crate::support::events::Spec::new(1, "s", chrono::Utc::now() - chrono::Months::new(7)).event(site);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while !matches!(pipeline.submit(vec![late.clone()]).await[0], opsmantik::domain::outcome::Outcome::Stored(_)) {
+        assert!(std::time::Instant::now() < deadline, "the month was never made");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    stop.cancel();
+    running.await.expect("the keeper ends");
+}
+
 /// As a new Supabase project: roles, default privileges, `auth` with functions of its own, an owner that is no superuser.
 const SUPABASE: &str = "
     DO $$ BEGIN

@@ -31,6 +31,23 @@ async fn a_delivery_is_stored_once_however_often_it_comes() {
 }
 
 #[tokio::test]
+async fn what_the_edge_accepts_the_worker_can_read_however_deeply_it_is_nested() {
+    let app = App::start(0).await;
+    let deep = format!("{}1{}", "[".repeat(120), "]".repeat(120));
+    let sent = format!(
+        r#"{{"id":"{}","s":"shop","u":"https://shop.example/","sid":"deep","meta":{{"a":{deep}}}}}"#,
+        Uuid::from_u128(1)
+    );
+    assert_eq!(app.post(sent).await.status, 200);
+    let site = app.database.rows("SELECT id FROM sites").await[0]["id"].as_str().and_then(|id| id.parse().ok());
+    let mut event = Spec::new(2, "deep", Utc::now()).event(site.expect("a site"));
+    let kept = app.database.rows("SELECT metadata FROM events").await[0]["metadata"].clone();
+    event.metadata = kept.as_object().cloned().unwrap_or_default();
+    let job = Job::new(event).to_json().expect("a job");
+    assert_eq!(app.deliver(&job, "sig_current").await.body["status"], "stored");
+}
+
+#[tokio::test]
 async fn what_can_never_be_stored_is_buried_once_and_does_not_come_again() {
     let app = App::start(0).await;
     let stranger = Spec::new(1, "s", Utc::now()).event(SiteId::from_uuid(Uuid::from_u128(99)));
