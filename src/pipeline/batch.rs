@@ -55,8 +55,11 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Vec<Outcom
     Ok(placed
         .iter()
         .enumerate()
-        .map(|(place, (key, _))| {
+        .map(|(place, (key, event))| {
             let session = changes.get(key).map(|change| &change.after);
+            if session.is_none() {
+                tracing::warn!(event.id = %event.id, site.id = %event.site_id, "an event has the id of another session's event, and counts as its copy");
+            }
             let receipt = Receipt {
                 session: *key,
                 // No session: the event's id is taken by an event of another session, and this copy changed nothing.
