@@ -19,7 +19,7 @@ use crate::http::admin::{AdminState, admin_router};
 use crate::http::client_address::TrustedProxies;
 use crate::http::limit::RateLimit;
 use crate::http::serve::{Limits, serve};
-use crate::http::{self, PublicState, public_router};
+use crate::http::{self, BodyRoom, PublicState, public_router};
 use crate::keeper::{self, Nudge};
 use crate::pipeline::{Pipeline, PipelineConfig};
 use crate::queue::Transport;
@@ -98,6 +98,7 @@ impl Server {
             proxies: Arc::new(TrustedProxies::new(settings.trusted_proxies.0.clone())),
             verifier: Arc::new(settings.verifier(mode)?),
             body_patience: http::BODY_PATIENCE,
+            body_room: BodyRoom::new(http::BODY_ROOM),
         })
         .merge(beside);
         let admin = admin_router(AdminState { store: store.clone() });

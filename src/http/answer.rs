@@ -78,6 +78,11 @@ impl Problem {
         Self { hang_up: true, ..Self::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message) }
     }
 
+    /// The bodies of others fill the room.
+    pub fn no_room() -> Self {
+        Self { hang_up: true, ..Unavailable::Busy.into() }
+    }
+
     pub fn body_broken() -> Self {
         Self { hang_up: true, ..Self::new(StatusCode::BAD_REQUEST, "body_broken", "the body ended before its end") }
     }

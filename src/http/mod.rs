@@ -27,6 +27,7 @@ use crate::queue::Transport;
 use crate::store::Store;
 use crate::telemetry;
 use answer::Problem;
+pub use body::BodyRoom;
 use client_address::TrustedProxies;
 use limit::RateLimit;
 use signature::Verifier;
@@ -47,6 +48,9 @@ mod worker;
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
+/// Most bytes of all bodies that are being read or worked on: a hundred of the largest, tens of thousands of usual ones.
+pub const BODY_ROOM: usize = 64 << 20;
+
 /// What the public listener needs.
 #[derive(Clone)]
 pub struct PublicState {
@@ -61,6 +65,7 @@ pub struct PublicState {
     pub proxies: Arc<TrustedProxies>,
     pub verifier: Arc<Verifier>,
     pub body_patience: Duration,
+    pub body_room: BodyRoom,
 }
 
 /// The routes of the public listener.

@@ -22,6 +22,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+/// Most requests at once on a connection of HTTP/2: a page has one under way, and a delivery is one.
+const STREAMS: u32 = 16;
+/// What a request may send before we have read it ...
+const STREAM_WINDOW: u32 = 64 << 10;
+/// ... and all requests of a connection.
+const CONNECTION_WINDOW: u32 = 256 << 10;
+
 /// Bounds of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -130,7 +137,9 @@ fn builder(limits: Limits) -> auto::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(10))
-        .max_concurrent_streams(64)
+        .max_concurrent_streams(STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(limits.header_bytes);
     builder
 }

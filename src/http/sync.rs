@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use axum::body::Bytes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use chrono::Utc;
@@ -13,9 +12,10 @@ use http::Method;
 use std::net::IpAddr;
 
 use super::answer::{self, Fate, Problem};
+use super::body::{self, Held};
 use super::cors::{Sender, hidden};
 use super::wire::{self, Body, WireEvent};
-use super::{PublicState, body, client_address, peer};
+use super::{PublicState, client_address, peer};
 use crate::domain::event::Arrival;
 use crate::domain::refusal::Refusal;
 use crate::domain::site::Site;
@@ -41,14 +41,15 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
     let (parts, body) = request.into_parts();
     let address = state.proxies.client(peer(&parts), &parts.headers);
     let arrival = client_address::arrival(&parts.headers, address, Utc::now());
-    let bytes = match body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience).await {
+    let read = body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await;
+    let bytes = match read {
         Ok(bytes) => bytes,
         Err(problem) => return sender.shown_to_customers(&state.directory, problem).await,
     };
     super::to_the_end(take(state, Caller { sender, address, arrival }, bytes)).await
 }
 
-async fn take(state: PublicState, caller: Caller, bytes: Bytes) -> Response {
+async fn take(state: PublicState, caller: Caller, bytes: Held) -> Response {
     let (body, site) = match find_site(&state, &bytes).await {
         Ok(found) => found,
         Err(problem) => return caller.sender.shown_to_customers(&state.directory, logged(problem)).await,

@@ -7,7 +7,6 @@
 
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
@@ -37,18 +36,19 @@ pub async fn worker(State(state): State<PublicState>, request: Request) -> Respo
         return Problem::method_not_allowed("POST").into_response();
     }
     let (parts, body) = request.into_parts();
-    let bytes = match body::read(&parts.headers, body, MAX_DELIVERY, state.body_patience).await {
+    let retried = parts.headers.get("upstash-retried").and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0);
+    let read = body::read(&parts.headers, body, MAX_DELIVERY, state.body_patience, &state.body_room).await;
+    let bytes = match read {
         Ok(bytes) => bytes,
-        Err(problem) => return problem.into_response(),
+        Err(problem) => return patient(problem.into_response(), retried),
     };
     let signature = parts.headers.get("upstash-signature").and_then(|value| value.to_str().ok());
     if let Err(error) = state.verifier.verify(signature, &bytes) {
         tracing::warn!(http.route = "/api/sync/worker", %error, "a delivery was refused");
         return Problem::signature().into_response();
     }
-    let retried = parts.headers.get("upstash-retried").and_then(|value| value.to_str().ok()?.parse().ok());
     let response = super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(logged) }).await;
-    patient(response, retried.unwrap_or(0))
+    patient(response, retried)
 }
 
 /// Spreads the retries of a delivery that cannot be stored now: what a browser is told, a few seconds, would use them all up within one outage.
@@ -78,7 +78,7 @@ impl Corpse {
     }
 }
 
-async fn take(state: &PublicState, bytes: &Bytes) -> Result<Response, Problem> {
+async fn take(state: &PublicState, bytes: &[u8]) -> Result<Response, Problem> {
     let now = Utc::now();
     let (events, corpse) = read(state, bytes, now).await?;
     let outcomes = match events.is_empty() {

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use chrono::Utc;
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::job::Job;
+use opsmantik::http::BodyRoom;
 use opsmantik::store::Store;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
@@ -229,6 +230,63 @@ async fn a_slow_sender_is_cut_off_and_a_large_one_sees_why() {
         app.raw(dawdler).await;
         assert!(began.elapsed() < Duration::from_secs(4), "{dawdler:?}");
     }
+}
+
+#[tokio::test]
+async fn bodies_that_never_end_fill_one_room_and_give_it_back() {
+    const ROOM: usize = 64 << 10;
+    let app = App::start_with(0, |state| {
+        state.body_room = BodyRoom::new(ROOM);
+        state.body_patience = Duration::from_secs(4);
+    })
+    .await;
+    let open = async |length: usize, sent: usize| {
+        let head =
+            format!("POST /api/sync HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: {length}\r\n\r\n");
+        let mut socket = TcpStream::connect(app.public).await.expect("the server listens");
+        socket.write_all(&[head.as_bytes(), &vec![b' '; sent]].concat()).await.expect("the server reads");
+        socket
+    };
+    // Who only announces much takes no room.
+    let mut liars = Vec::new();
+    for _ in 0..8 {
+        liars.push(open(512 << 10, 0).await);
+    }
+    assert_eq!(app.post(" ".repeat(ROOM)).await.error(), (400, "invalid_json", "body"), "the whole room is one body's");
+    let mut holders = Vec::new();
+    for _ in 0..8 {
+        holders.push(open(ROOM / 8, ROOM / 8 - 1).await);
+    }
+    let mut id = 0;
+    let refused = loop {
+        id += 1;
+        let answer = app.post(event(id).to_string()).await;
+        if answer.status != 200 {
+            break answer;
+        }
+        assert!(id < 100, "there is room for everything");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    assert_eq!(refused.error(), (503, "busy", ""));
+    assert_eq!((refused.header("retry-after"), refused.header("connection")), (Some("1"), Some("close")));
+    assert!(refused.is_shown_to(ORIGIN));
+    let delivery = app.deliver("{}", "sig_current").await;
+    assert_eq!((delivery.error().1, delivery.header("retry-after")), ("busy", Some("15")), "QStash has few retries");
+    // Refused in the middle of a large body: the answer is read, not a reset.
+    let length = 512 << 10;
+    let head = format!("POST /api/sync HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: {length}\r\n\r\n");
+    let large = app.raw(&[head.as_bytes(), &vec![b' '; length]].concat()).await;
+    assert!(large.starts_with("HTTP/1.1 503") && large.contains("busy"), "{large}");
+    for mut holder in holders {
+        let mut answer = String::new();
+        holder.read_to_string(&mut answer).await.expect("no reset");
+        assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    }
+    for id in 1000..1070 {
+        assert_eq!(app.post(event(id).to_string()).await.status, 200);
+    }
+    assert_eq!(app.post(" ".repeat(ROOM)).await.error(), (400, "invalid_json", "body"), "all of it was given back");
+    drop(liars);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use opsmantik::http::client_address::TrustedProxies;
 use opsmantik::http::limit::RateLimit;
 use opsmantik::http::serve::{Limits, serve};
 use opsmantik::http::signature::Verifier;
-use opsmantik::http::{PublicState, public_router};
+use opsmantik::http::{BODY_ROOM, BodyRoom, PublicState, public_router};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use opsmantik::store::Store;
@@ -42,16 +42,29 @@ pub struct App {
 
 impl App {
     pub async fn start(rate_limit: u32) -> Self {
+        Self::start_with(rate_limit, |_| {}).await
+    }
+
+    pub async fn start_with(rate_limit: u32, adapt: impl FnOnce(&mut PublicState)) -> Self {
         let database = database().await;
         database.site("shop").await;
         let store = database.store.clone();
-        Self::around(database, store, rate_limit).await
+        Self::around_with(database, store, rate_limit, adapt).await
     }
 
     pub async fn around(database: Database, store: Store, rate_limit: u32) -> Self {
+        Self::around_with(database, store, rate_limit, |_| {}).await
+    }
+
+    async fn around_with(
+        database: Database,
+        store: Store,
+        rate_limit: u32,
+        adapt: impl FnOnce(&mut PublicState),
+    ) -> Self {
         let config = PipelineConfig { patience: Duration::from_secs(1), ..PipelineConfig::default() };
         let pipeline = Pipeline::start(store.clone(), Nudge::default(), config);
-        let state = PublicState {
+        let mut state = PublicState {
             directory: Directory::new(store.clone()),
             transport: Arc::new(pipeline.clone()),
             pipeline,
@@ -60,7 +73,9 @@ impl App {
             proxies: Arc::new(TrustedProxies::new("127.0.0.0/8".parse().into_iter().collect())),
             verifier: Arc::new(Verifier::new(&["sig_current", "sig_next"], RECEIVER)),
             body_patience: Duration::from_secs(1),
+            body_room: BodyRoom::new(BODY_ROOM),
         };
+        adapt(&mut state);
         let stop = CancellationToken::new();
         let listen = async || TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let (public, admin) = (listen().await, listen().await);
