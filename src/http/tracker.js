@@ -22,7 +22,7 @@
   const list = (prefix) => Object.keys({ ...memory, ...box }).filter((k) => k.startsWith(prefix)).sort();
   const put = (prefix, key, text) => {
     if (text) set(prefix + key, text);
-    const keys = list(prefix), most = prefix === OUT ? 500 : 20;
+    const keys = list(prefix), most = prefix === BAD ? 20 : 500;
     while (keys.length > most || body(keys).length > 1e6) del(keys.shift());
   };
   const move = (k, to) => { put(to, k.slice(OUT.length), get(k)); del(k); };
@@ -41,7 +41,7 @@
     if (active) {
       s.t = now();
       location.href.replace(/[?&#](gclid|[wg]braid|gclsrc|dclid|fbclid|ttclid|msclkid)=([^?&#]+)/gi,
-        (all, k, v) => { s.ids[k.toLowerCase()] = v; });
+        (all, k, v) => { s.ids[k.toLowerCase()] = new URLSearchParams('v=' + v).get('v'); });
     }
     set(SESSION, JSON.stringify(s));
     return s;
@@ -89,14 +89,14 @@
     try {
       const answer = await fetch(api, { method: 'POST', body: body(keys), credentials: 'omit', keepalive,
         signal: ask(() => AbortSignal.timeout(2e4)) });
-      const { ok, status } = answer, said = ok && await answer.json();
+      const { ok, status } = answer, said = ok && (await answer.json()).results.map((r) => r.status);
       if (ok || /^4(?!08|29)/.test(status)) {
         again = 0;
         keys.forEach((k, i) => {
-          const verdict = ok && said.results[i].status;
+          const verdict = ok && said[i];
           if (/stored|duplicate|queued/.test(verdict)) {
             del(k);
-            list(HELD).forEach((x) => move(x, OUT));
+            list(HELD).slice(-2).forEach((x) => move(x, OUT)); // each lets in more: all at once would take a second
           } else if (ok && verdict !== 'rejected') again = 1;
           else if (/40[134]/.test(status)) move(k, HELD);
           else if (ok || !keys[1]) move(k, BAD);

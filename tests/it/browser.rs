@@ -3,6 +3,8 @@
 //! The page is on another origin than the API, as on a customer's site. Whatever happens on the way — answers that never
 //! come, a network that goes away, a browser that is killed — each event is stored, and stored once.
 
+mod stand_in;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::process::{Command, Stdio};
