@@ -37,7 +37,7 @@ pub fn clean_some(text: &str, max: usize) -> Option<String> {
 /// travels: a job and a dead letter wrap it in a few more levels, and parsers stop at 128.
 const MAX_DEPTH: usize = 64;
 
-/// JSON that PostgreSQL takes as `jsonb`: no NUL in any key or string, and nested no deeper than [`MAX_DEPTH`].
+/// JSON that PostgreSQL takes as `jsonb`: no NUL in any key or string, and nested no deeper than 64 levels.
 pub fn clean_json(value: Value) -> Value {
     clean_below(value, MAX_DEPTH)
 }
