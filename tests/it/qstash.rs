@@ -162,7 +162,10 @@ async fn a_delivery_that_comes_after_a_months_end_lands_in_the_month_of_its_sess
     let month_began: DateTime<Utc> = format!("{month}T00:00:00Z").parse().expect("a month is its first day");
     let edge = month_began - TimeDelta::seconds(30);
     for at in [0, 3] {
-        rig.qstash.rewrite(at, |job| job["event"]["received_at"] = json!(edge));
+        rig.qstash.rewrite(at, |job| {
+            job["event"]["received_at"] = json!(edge);
+            job["event"]["occurred_at"] = json!(edge);
+        });
     }
     for at in [1, 2, 3, 0, 0] {
         assert_eq!(rig.qstash.attempt(at).await.status, 200);
