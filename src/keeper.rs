@@ -39,9 +39,14 @@ impl Nudge {
     pub fn want(&self, month: Month) {
         let now = Month::of(Utc::now());
         if (now.plus(-MONTHS_BACK)..=now.plus(MONTHS_AHEAD)).contains(&month) {
-            self.wanted.lock().unwrap_or_else(PoisonError::into_inner).insert(month);
+            self.put_back([month].into());
+            self.bell.notify_one();
         }
-        self.bell.notify_one();
+    }
+
+    /// Keeps months for the next look, without asking for an earlier one.
+    fn put_back(&self, months: BTreeSet<Month>) {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).extend(months);
     }
 
     fn take(&self) -> BTreeSet<Month> {
@@ -60,11 +65,10 @@ async fn keep_also(
     wanted: &BTreeSet<Month>,
 ) -> Result<Vec<String>, StoreError> {
     let mut made = Vec::new();
-    for month in wanted {
-        made.extend(store.ensure_month(*month).await?);
-    }
-    for ahead in -1..=MONTHS_AHEAD {
-        made.extend(store.ensure_month(Month::of(now).plus(ahead)).await?);
+    // The months of every day first: an odd one that cannot be made must not cost the next.
+    let every_day = (-1..=MONTHS_AHEAD).map(|ahead| Month::of(now).plus(ahead));
+    for month in every_day.chain(wanted.iter().copied()) {
+        made.extend(store.ensure_month(month).await?);
     }
     Ok(made)
 }
@@ -83,7 +87,7 @@ pub async fn run(store: Store, nudge: Nudge, stop: CancellationToken) {
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot keep partitions now");
-                wanted.into_iter().for_each(|month| nudge.want(month));
+                nudge.put_back(wanted);
                 RETRY
             }
         };
@@ -93,5 +97,24 @@ pub async fn run(store: Store, nudge: Nudge, stop: CancellationToken) {
             // A missing month was met. Not more often than now and then, whoever asks.
             () = async { nudge.bell.notified().await; tokio::time::sleep(Duration::from_millis(200)).await } => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_failure_keeps_what_is_wanted_and_rings_no_bell() {
+        let nudge = Nudge::default();
+        let month = Month::of(Utc::now()).plus(-5);
+        nudge.want(month.plus(-MONTHS_BACK));
+        assert!(nudge.take().is_empty(), "out of all bounds");
+        nudge.want(month);
+        nudge.bell.notified().await;
+        nudge.put_back(nudge.take());
+        let rung = tokio::time::timeout(Duration::from_millis(20), nudge.bell.notified()).await;
+        assert!(rung.is_err(), "the keeper would not wait for its pause");
+        assert_eq!(nudge.take(), [month].into());
     }
 }

@@ -12,6 +12,7 @@ use super::PipelineConfig;
 use super::batch;
 use crate::domain::event::Event;
 use crate::domain::id::DeadLetterId;
+use crate::domain::job::Job;
 use crate::domain::month::Month;
 use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
 use crate::keeper::Nudge;
@@ -135,7 +136,14 @@ impl Writer {
             Fault::UnknownSite => DeathReason::UnknownSite,
             Fault::Refused => DeathReason::RefusedByDatabase,
         };
-        let payload = serde_json::to_string(&crate::domain::job::Job::new(event.clone())).unwrap_or_default();
+        let payload = match Job::of(&event).to_json() {
+            Ok(payload) => payload,
+            Err(error) => {
+                // A letter without its event would be a loss; the sender still has it.
+                tracing::error!(%error, event.id = %event.id, "an event cannot be written into a dead letter");
+                return Outcome::Unavailable(Unavailable::Database);
+            }
+        };
         let letter = DeadLetter {
             id: DeadLetterId::derived(format!("{} {}", event.site_id, event.id).as_bytes()),
             site_id: Some(event.site_id),
