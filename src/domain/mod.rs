@@ -5,8 +5,8 @@
 //! stored depends on the set of distinct events, never on their order, batching or repetition.
 //!
 //! Start with [`event::Draft`] (what a door read) and [`event::Event`] (what was accepted), then
-//! [`session::Session`] (what the events of one visit add up to). Calls go the same way: `push::Draft`,
-//! `push::Push`, `call::Told`, and `matching` finds their visit.
+//! [`session::Session`] (what the events of one visit add up to). Calls go the same way: [`push::Draft`],
+//! [`push::Push`], [`call::Told`], and [`matching::decide`] finds their visit.
 
 pub mod ads_history;
 pub mod attribution;
