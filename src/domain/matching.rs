@@ -5,8 +5,8 @@
 //!    session clicked within a minute of it; then nobody is credited and all of them are named.
 //! 3. Else nobody.
 //!
-//! Only calls of visitors are matched, and an anonymous caller is not matched by number, so by the first step alone. The
-//! result is a function of the set of what is passed in; what lies outside the window, of another site or on another
+//! Only calls of visitors are matched, and an anonymous caller is not matched by number, so by the first step alone.
+//! The result is a function of the set of what is passed in; what lies outside the window, of another site or on another
 //! number is dropped here, so callers may pass more than they must.
 
 use std::cmp::Reverse;
