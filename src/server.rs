@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Gate;
+use crate::calls;
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
 use crate::grpc::{self, GrpcState, Health};
@@ -119,7 +120,8 @@ impl Server {
         ];
         let tasks = vec![
             tokio::spawn(serve(listeners.admin, admin, Limits::default(), end_tasks.clone())),
-            tokio::spawn(keeper::run(store, nudge, end_tasks.clone())),
+            tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())),
+            tokio::spawn(calls::sweep(store, end_tasks.clone())),
             tokio::spawn(telemetry::fold_samples(end_tasks.clone())),
         ];
         tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");

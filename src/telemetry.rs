@@ -33,6 +33,9 @@ pub const QSTASH_FELL_BACK_TOTAL: &str = "opsmantik_qstash_fell_back_total";
 /// Leaves made by the keeper.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
 
+/// Calls that were matched again because something late came in.
+pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";
+
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));

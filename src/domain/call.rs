@@ -1,9 +1,9 @@
 //! A call: what its provider's pushes add up to.
 //!
 //! A provider tells of one call many times, in any order, and repeats itself. [`Told`] is the merge of those pushes:
-//! commutative, associative, idempotent, so that the stored call is a function of the set of pushes. A push adds what
-//! it knows and takes nothing away; where two differ, each field has a rule that does not ask which came first. Enums
-//! are ordered as in the contract, texts by their bytes.
+//! commutative, associative, idempotent, so that the stored call is a function of the set of pushes. A push adds what it
+//! knows and takes nothing away; where two differ, each field has a rule that does not ask which came first. Enums are
+//! ordered as in the contract, texts by their bytes.
 
 use chrono::{DateTime, Utc};
 
@@ -157,6 +157,11 @@ impl CallKey {
         }
         let (provider, provider_call_id) = (provider.to_ascii_lowercase(), provider_call_id.to_owned());
         Ok(Self { site_id, provider, provider_call_id })
+    }
+
+    /// A key as it is stored, whoever wrote it.
+    pub fn stored(site_id: SiteId, provider: String, provider_call_id: String) -> Self {
+        Self { site_id, provider, provider_call_id }
     }
 
     pub fn site_id(&self) -> SiteId {

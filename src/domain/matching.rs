@@ -5,8 +5,8 @@
 //!    session clicked within a minute of it; then nobody is credited and all of them are named.
 //! 3. Else nobody.
 //!
-//! Only calls of visitors are matched, and an anonymous caller is not matched by number, so by the first step alone.
-//! The result is a function of the set of what is passed in; what lies outside the window, of another site or on another
+//! Only calls of visitors are matched, and an anonymous caller is not matched by number, so by the first step alone. The
+//! result is a function of the set of what is passed in; what lies outside the window, of another site or on another
 //! number is dropped here, so callers may pass more than they must.
 
 use std::cmp::Reverse;
@@ -31,7 +31,7 @@ pub const RIVAL_DISTANCE: TimeDelta = TimeDelta::seconds(60);
 /// Most candidates that a match names.
 pub const MAX_CANDIDATES: usize = 20;
 /// An event's own time may be this much before its arrival, by which its session's month was chosen.
-const LONGEST_DELAY: TimeDelta = TimeDelta::hours(24);
+pub const LONGEST_DELAY: TimeDelta = TimeDelta::hours(24);
 
 /// What is sure when the browser itself is known. Browsers can share a fingerprint, so it is not everything.
 const FINGERPRINT_CONFIDENCE: f64 = 0.95;

@@ -23,8 +23,11 @@ pub mod month;
 pub mod origin;
 pub mod outcome;
 pub mod page;
+
 pub mod push;
+pub mod recorded;
 pub mod refusal;
+pub mod rematch;
 pub mod session;
 pub mod signal;
 pub mod site;

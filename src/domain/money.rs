@@ -1,7 +1,7 @@
 //! An amount of money: decimal, so that no cent is lost, in a currency of ISO 4217.
 //!
-//! What comes in is checked against the currency: a yen has no parts and a dinar has a thousand. What comes from the
-//! table is taken as it is, to a billionth: a dashboard may have written it.
+//! What comes in is checked against the currency: a yen has no parts and a dinar has a thousand. What comes from the table
+//! is taken as it is, to a billionth: a dashboard may have written it.
 
 use iso_currency::Currency;
 
@@ -46,8 +46,8 @@ impl Money {
         Ok(Self { currency: currency.to_owned(), units, nanos })
     }
 
-    /// Reads a stored amount: `numeric` as PostgreSQL prints it, of any scale, and a code of three letters. What is
-    /// finer than a billionth is dropped. None for what is no amount.
+    /// Reads a stored amount: `numeric` as PostgreSQL prints it, of any scale, and a code of three letters. What is finer
+    /// than a billionth is dropped. None for what is no amount.
     pub fn from_decimal_text(text: &str, currency: &str) -> Option<Self> {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
         let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
@@ -185,9 +185,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_panics(
-            text in any::<String>(), currency in any::<String>(), units in any::<i64>(), nanos in any::<i32>(),
-        ) {
+        fn no_text_panics(text in any::<String>(), currency in any::<String>(), units in any::<i64>(), nanos in any::<i32>()) {
             let _ = Money::from_decimal_text(&text, "TRY");
             let _ = Money::accept("m", &currency, units, nanos);
             let _ = Money::accept("m", "TRY", units, nanos);

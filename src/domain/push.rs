@@ -1,8 +1,8 @@
 //! A push: one telling of a call by its provider, as it was accepted at the door.
 //!
-//! The door reads its vocabulary into a [`Draft`]; [`Push::accept`] checks and derives, once. Unlike an event, a push
-//! is refused when it cannot be read: a machine sends it, and its maker can mend it. The caller's number is read and
-//! hashed here and goes no further; no refusal repeats what was sent.
+//! The door reads its vocabulary into a [`Draft`]; [`Push::accept`] checks and derives, once. Unlike an event, a push is
+//! refused when it cannot be read: a machine sends it, and its maker can mend it. The caller's number is read and hashed
+//! here and goes no further; no refusal repeats what was sent.
 
 use chrono::{DateTime, Months, SubsecRound, TimeDelta, Utc};
 use url::Url;
@@ -63,8 +63,7 @@ pub struct Push {
 }
 
 impl Push {
-    /// Checks a draft. National numbers are read in `region`, the site's; `hash` is the keyed hash of a caller's
-    /// number.
+    /// Checks a draft. National numbers are read in `region`, the site's; `hash` is the keyed hash of a caller's number.
     pub fn accept(
         site: SiteId,
         draft: Draft,

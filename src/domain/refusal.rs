@@ -34,8 +34,7 @@ impl RefusalReason {
     }
 }
 
-/// An event or a call was not accepted; `field` names the offender in the caller's own vocabulary (`s`, `u`,
-/// `events[3].sid`).
+/// An event or a call was not accepted; `field` names the offender in the caller's own vocabulary (`s`, `u`, `events[3].sid`).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Refusal {
     pub reason: RefusalReason,

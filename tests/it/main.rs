@@ -5,6 +5,7 @@
 
 mod any_body;
 mod browser;
+mod calls;
 mod cli;
 mod cluster;
 mod grpc;

@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod browser;
+pub mod calls;
 pub mod cluster;
 pub mod database;
 pub mod events;
