@@ -1,0 +1,193 @@
+//! Manners of the gRPC listener that no service has to think of: bytes that are no message, compression, and metrics of every call.
+
+use std::time::{Duration, Instant};
+
+use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
+use opsmantik::grpc::proto::{ScoreSignalsRequest, Signal, SignalFacts};
+use prost::bytes::{Buf, BufMut};
+use tonic::client::Grpc;
+use tonic::codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+
+use crate::support::database::{Database, database};
+use crate::support::metrics::Metrics;
+use crate::support::process::Server;
+
+const SCORE_SIGNALS: &str = "opsmantik.v1.ScoringService/ScoreSignals";
+
+struct Door {
+    server: Server,
+    channel: Channel,
+    _database: Database,
+}
+
+impl Door {
+    async fn open() -> Self {
+        let database = database().await;
+        let server = Server::start(&database.url).await;
+        let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc)).expect("an address is a URI");
+        Self { channel: endpoint.connect().await.expect("it listens"), server, _database: database }
+    }
+
+    /// A request as every test here makes it.
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(Duration::from_secs(20));
+        request
+    }
+
+    /// Sends these bytes where a message is expected.
+    async fn raw(&self, rpc: &str, bytes: &[u8]) -> Result<Vec<u8>, Status> {
+        let mut client = Grpc::new(self.channel.clone());
+        client.ready().await.expect("the connection holds");
+        let path = format!("/{rpc}").parse().expect("a test's own path");
+        Ok(client.unary(self.request(bytes.to_vec()), path, Raw).await?.into_inner())
+    }
+
+    /// How often calls of this RPC ended so, once nothing of it runs any more.
+    async fn ended(&self, rpc: &str, code: &str) -> Option<f64> {
+        let began = Instant::now();
+        loop {
+            let metrics = Metrics::of(&self.server).await;
+            let running = metrics.value("opsmantik_grpc_in_flight", &[("rpc", rpc)]);
+            if running.is_none_or(|running| running == 0.0) {
+                return metrics.value("opsmantik_grpc_requests_total", &[("rpc", rpc), ("code", code)]);
+            }
+            assert!(began.elapsed() < Duration::from_secs(10), "calls of {rpc} do not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// Bytes as they are.
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put_slice(&item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
+        let mut item = vec![0; buffer.remaining()];
+        buffer.copy_to_slice(&mut item);
+        Ok(Some(item))
+    }
+}
+
+fn hover() -> ScoreSignalsRequest {
+    ScoreSignalsRequest { signals: vec![Signal::HoverIntent.into()], ..ScoreSignalsRequest::default() }
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_message_are_the_callers_mistake_and_every_end_of_a_call_is_counted() {
+    let door = Door::open().await;
+    for bytes in [&b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"[..], b"\x0a\x7f", b"\x0fpassword"] {
+        let status = door.raw(SCORE_SIGNALS, bytes).await.expect_err("no message");
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        assert!(!status.message().contains("password"), "{status:?}");
+    }
+    let mut scoring = ScoringServiceClient::new(door.channel.clone());
+    let mut request = door.request(hover());
+    request.metadata_mut().insert("x-request-id", "order-17".parse().expect("visible"));
+    scoring.score_signals(request).await.expect("a good request");
+    for rpc in ["opsmantik.v1.ScoringService/Nothing", "nobody.Nowhere/Nothing"] {
+        assert_eq!(door.raw(rpc, b"").await.expect_err("no such RPC").code(), Code::Unimplemented);
+    }
+    assert_eq!(door.ended(SCORE_SIGNALS, "invalid_argument").await, Some(3.0));
+    assert_eq!(door.ended(SCORE_SIGNALS, "ok").await, Some(1.0));
+    assert_eq!(door.ended("unknown", "unimplemented").await, Some(2.0), "no label of a caller's making");
+    let seconds =
+        Metrics::of(&door.server).await.value("opsmantik_grpc_request_seconds_count", &[("rpc", SCORE_SIGNALS)]);
+    assert_eq!(seconds, Some(4.0));
+
+    // A stream is counted by its end, which is here the client's.
+    let watch_rpc = "grpc.health.v1.Health/Watch";
+    let mut health = HealthClient::new(door.channel.clone());
+    let mut watch = health.watch(HealthCheckRequest::default()).await.expect("it is served").into_inner();
+    watch.message().await.expect("the first answer").expect("a status");
+    let running = Metrics::of(&door.server).await.value("opsmantik_grpc_in_flight", &[("rpc", watch_rpc)]);
+    assert_eq!(running, Some(1.0));
+    drop(watch);
+    assert_eq!(door.ended(watch_rpc, "cancelled").await, Some(1.0));
+    // And one that its own deadline ends.
+    let mut short = Request::new(HealthCheckRequest::default());
+    short.set_timeout(Duration::from_millis(200));
+    let mut watch = health.watch(short).await.expect("it is served").into_inner();
+    while let Ok(Some(_)) = watch.message().await {}
+    let (cut, hung_up) = (door.ended(watch_rpc, "deadline_exceeded").await, door.ended(watch_rpc, "cancelled").await);
+    // The client's clock may be the faster one.
+    assert!(cut == Some(1.0) || hung_up == Some(2.0), "{cut:?} {hung_up:?}");
+
+    let said = door.server.program.said();
+    let mut failures = said.lines().filter(|line| line.contains("call ended"));
+    let logged = failures.next().expect("a failed call is in the log");
+    assert!(logged.contains("invalid_argument") && logged.contains("request.id"), "{logged}");
+}
+
+#[tokio::test]
+async fn requests_and_answers_may_be_compressed() {
+    let door = Door::open().await;
+    for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Zstd] {
+        let scoring = ScoringServiceClient::new(door.channel.clone());
+        let mut scoring = scoring.send_compressed(encoding).accept_compressed(encoding);
+        let request = ScoreSignalsRequest { signals: vec![Signal::HoverIntent.into(); 1000], ..hover() };
+        let answer = scoring.score_signals(door.request(request)).await.expect("a good request");
+        let told = answer.metadata().get("grpc-encoding").map(|name| name.as_bytes().to_vec());
+        assert_eq!(told, Some(encoding.to_string().into_bytes()));
+        assert_eq!(answer.into_inner().score.map(|score| score.value), Some(15));
+    }
+    let mut scoring = ScoringServiceClient::new(door.channel.clone());
+    let answer = scoring.score_signals(door.request(hover())).await.expect("a good request");
+    assert!(!answer.metadata().contains_key("grpc-encoding"), "who does not ask gets it plain");
+}
+
+#[tokio::test]
+async fn a_small_message_that_unpacks_to_a_large_one_is_refused_before_it_takes_room() {
+    let door = Door::open().await;
+    let bomb = SignalFacts { category: "x".repeat(256 << 20), ..SignalFacts::default() };
+    let bomb = ScoreSignalsRequest { facts: vec![bomb], ..ScoreSignalsRequest::default() };
+    let before = peak_kib(&door.server);
+    for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Zstd] {
+        let mut scoring = ScoringServiceClient::new(door.channel.clone()).send_compressed(encoding);
+        let status = scoring.score_signals(door.request(bomb.clone())).await.expect_err("over 4 MiB");
+        assert_eq!(status.code(), Code::ResourceExhausted, "{encoding}: {status:?}");
+    }
+    let grown = peak_kib(&door.server) - before;
+    assert!(grown < 64 << 10, "it took {grown} KiB");
+    let mut scoring = ScoringServiceClient::new(door.channel.clone());
+    scoring.score_signals(door.request(hover())).await.expect("it serves on");
+}
+
+/// The most memory that the server had so far; unknown (0) where there is no `/proc`.
+fn peak_kib(server: &Server) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.program.pid())).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|rest| rest.split_whitespace().next()).map_or(0, |kib| kib.parse().expect("a number"))
+}
