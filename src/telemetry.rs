@@ -119,7 +119,7 @@ pub fn grpc_began(rpc: &'static str) {
 
 /// Notes how a call ended.
 pub fn grpc_ended(rpc: &'static str, code: &'static str, took: Duration) {
-    metrics::gauge!(GRPC_IN_FLIGHT, "rpc" => rpc).decrement(1.0);
     metrics::counter!(GRPC_REQUESTS_TOTAL, "rpc" => rpc, "code" => code).increment(1);
     metrics::histogram!(GRPC_REQUEST_SECONDS, "rpc" => rpc).record(took);
+    metrics::gauge!(GRPC_IN_FLIGHT, "rpc" => rpc).decrement(1.0);
 }

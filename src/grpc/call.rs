@@ -78,7 +78,7 @@ where
         }
         let patience = asked.map_or(LONGEST, |asked| asked.min(LONGEST));
         // tonic keeps the caller's deadline as well, but answers CANCELLED. This timer is made first and asked first.
-        let answer = tokio::time::timeout(patience, self.inner.call(request));
+        let answer = tokio::time::timeout(patience, self.inner.call(running.heard(request)));
         let answer = async move {
             let mut response = match answer.await {
                 Ok(answered) => answered?,

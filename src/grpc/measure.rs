@@ -6,7 +6,8 @@
 
 use std::collections::HashSet;
 use std::pin::Pin;
-use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -75,19 +76,27 @@ fn name(code: Code) -> &'static str {
     }
 }
 
-/// A call that runs. Dropped before its end was told, it was cancelled.
+/// A call that runs. Dropped before its end was told, it was cancelled; or it broke, if that is why it is dropped.
 pub(super) struct Running {
     rpc: &'static str,
     span: Span,
     began: Instant,
     ended: bool,
+    /// Set when the request broke off: the caller hung up, whatever a service makes of that.
+    hung_up: Arc<AtomicBool>,
 }
 
 impl Running {
     /// `rpc` is a label, `span` has the call's name and id.
     pub(super) fn begin(rpc: &'static str, span: Span) -> Self {
         telemetry::grpc_began(rpc);
-        Self { rpc, span, began: Instant::now(), ended: false }
+        Self { rpc, span, began: Instant::now(), ended: false, hung_up: Arc::default() }
+    }
+
+    /// Watches the request for a caller who hangs up in the middle of it.
+    pub(super) fn heard(&self, request: http::Request<Body>) -> http::Request<Body> {
+        let hung_up = self.hung_up.clone();
+        request.map(|inner| Body::new(Heard { inner, hung_up }))
     }
 
     /// Watches the answer to its end.
@@ -108,6 +117,7 @@ impl Running {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
+        let code = if self.hung_up.load(Ordering::Relaxed) { Code::Cancelled } else { code };
         let (code_name, took) = (name(code), self.began.elapsed());
         telemetry::grpc_ended(self.rpc, code_name, took);
         let _here = self.span.enter();
@@ -124,13 +134,40 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.end(Code::Cancelled);
+        self.end(if std::thread::panicking() { Code::Internal } else { Code::Cancelled });
     }
 }
 
 /// The status in a head or in trailers.
 fn told(headers: &HeaderMap) -> Option<Code> {
     headers.get(Status::GRPC_STATUS).map(|code| Code::from_bytes(code.as_bytes()))
+}
+
+/// The body of a request on its way in.
+struct Heard {
+    inner: Body,
+    hung_up: Arc<AtomicBool>,
+}
+
+impl HttpBody for Heard {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Poll::Ready(Some(Err(_))) = &frame {
+            self.hung_up.store(true, Ordering::Relaxed);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
 }
 
 /// The body of an answer on its way out. Past the deadline it ends with DEADLINE_EXCEEDED, whatever was still to come.
