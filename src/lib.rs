@@ -7,6 +7,7 @@
 //! | [`domain`] | what a month, an event, a session, a score, an attribution *are*; pure |
 //! | [`http`] | the public door: `/api/sync`, the QStash worker, the tracker, and the operator's listener |
 //! | [`grpc`] | the internal door: typed services |
+//! | [`access`] | who is behind a bearer token |
 //! | [`directory`] | which sites exist and which origins they allow, cached |
 //! | [`queue`] | who owns an event before the pipeline: nobody (inline) or QStash |
 //! | [`pipeline`] | batching: from accepted events to outcomes |
@@ -15,6 +16,7 @@
 //! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice, [`secret`] what it never says |
 //! | [`dev`] | what makes two commands enough on a bare machine |
 
+pub mod access;
 pub mod cli;
 pub mod config;
 pub mod dev;

@@ -14,6 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::access::Gate;
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
 use crate::grpc::{self, Certificates, GrpcState, Health};
@@ -108,7 +109,8 @@ impl Server {
         let admin = admin_router(AdminState { store: store.clone() });
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
-        let internal = GrpcState { pipeline: pipeline.clone(), directory };
+        let internal =
+            GrpcState { pipeline: pipeline.clone(), directory, store: store.clone(), gate: Gate::new(store.clone()) };
         let health = Health::of(store.clone());
         let stop_grpc = close_doors.clone();
         let doors = vec![

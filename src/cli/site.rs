@@ -32,6 +32,9 @@ pub(super) enum Site {
         /// The user who owns it (UUID of the Supabase user)
         #[arg(long)]
         owner: Option<Uuid>,
+        /// Country in which a national telephone number of its calls is read: two letters of ISO 3166, `TR`
+        #[arg(long)]
+        region: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -49,7 +52,7 @@ pub(super) enum Site {
 impl Site {
     pub(super) async fn run(self) -> anyhow::Result<()> {
         match self {
-            Self::Add { database, name, domain, origins, public_id, owner, json } => {
+            Self::Add { database, name, domain, origins, public_id, owner, region, json } => {
                 let new = NewSite {
                     public_id: public_id.map_or_else(|| Ok(made_up()), checked)?,
                     owner,
@@ -62,6 +65,7 @@ impl Site {
                                 .with_context(|| format!("--origin `{origin}` is neither scheme://host[:port] nor *"))
                         })
                         .collect::<Result<_, _>>()?,
+                    region: region.map(country).transpose()?,
                 };
                 let added = database.store().await?.add_site(&new).await?;
                 let Some(site) = added else { bail!("--public-id `{}` is taken by another site", new.public_id) };
@@ -79,7 +83,7 @@ impl Site {
 }
 
 fn shown(site: &StoredSite, name: &str) -> serde_json::Value {
-    json!({"id": site.id, "public_id": site.public_id, "name": name, "domain": site.domain, "origins": site.origins})
+    json!({"id": site.id, "public_id": site.public_id, "name": name, "domain": site.domain, "origins": site.origins, "region": site.region})
 }
 
 fn print_site(site: &StoredSite, name: &str) -> anyhow::Result<()> {
@@ -92,6 +96,14 @@ fn named(name: &str) -> anyhow::Result<String> {
         Some(name) => Ok(name),
         None => bail!("--name is empty"),
     }
+}
+
+fn country(region: String) -> anyhow::Result<String> {
+    let region = region.trim().to_ascii_uppercase();
+    if region.len() != 2 || !region.bytes().all(|b| b.is_ascii_uppercase()) {
+        bail!("--region `{region}` is not a country of ISO 3166 in two letters, such as TR");
+    }
+    Ok(region)
 }
 
 fn checked(public_id: String) -> anyhow::Result<String> {

@@ -111,6 +111,7 @@ async fn demo_site(store: &Store, pages: &[SocketAddr]) -> anyhow::Result<Site> 
         name: "Keyhole Locksmiths (demo)".to_owned(),
         domain: "localhost".to_owned(),
         origins: origins.clone(),
+        region: Some("US".to_owned()),
     };
     if let Some(site) = store.add_site(&new).await? {
         return Ok(site);

@@ -61,6 +61,14 @@ uuid_id!(
     /// A row of `dead_letters`.
     DeadLetterId
 );
+uuid_id!(
+    /// An API token: its row, never its text.
+    TokenId
+);
+uuid_id!(
+    /// A person, as the sign-in service knows them.
+    UserId
+);
 
 impl SessionId {
     /// A session id as a tracker sends it: a UUID is used as it is, any other text becomes a UUIDv5 of (site, text),
@@ -124,7 +132,7 @@ mod tests {
                 assert_eq!(id.as_uuid(), uuid);
             )*};
         }
-        round_trip!(SiteId, SessionId, EventId, DeadLetterId);
+        round_trip!(SiteId, SessionId, EventId, DeadLetterId, TokenId, UserId);
     }
 
     #[test]

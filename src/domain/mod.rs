@@ -7,6 +7,7 @@
 //! Start with [`event::Draft`] (what a door read) and [`event::Event`] (what was accepted), then
 //! [`session::Session`] (what the events of one visit add up to).
 
+pub mod access;
 pub mod ads_history;
 pub mod attribution;
 pub mod campaign;

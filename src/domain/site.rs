@@ -13,6 +13,8 @@ pub struct Site {
     pub domain: String,
     /// Extra origins, `scheme://host[:port]` or `*`.
     pub origins: Vec<String>,
+    /// ISO 3166 country in which a national telephone number is read.
+    pub region: Option<String>,
 }
 
 impl Site {

@@ -12,12 +12,15 @@ use tokio_util::sync::CancellationToken;
 use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
 
+use crate::access::Gate;
 use crate::directory::Directory;
 use crate::pipeline::Pipeline;
+use crate::store::Store;
 use proto::calls_service_server::CallsServiceServer;
 use proto::ingest_service_server::IngestServiceServer;
 use proto::scoring_service_server::ScoringServiceServer;
 
+mod access;
 mod call;
 mod calls;
 mod codec;
@@ -55,6 +58,8 @@ const GRACE: Duration = Duration::from_secs(20);
 pub struct GrpcState {
     pub pipeline: Pipeline,
     pub directory: Directory,
+    pub store: Store,
+    pub gate: Gate,
 }
 
 /// What every service of the contract takes and sends: bounded messages, compressed if the caller likes.
@@ -86,6 +91,7 @@ pub async fn serve(
         .max_concurrent_streams(MAX_STREAMS)
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .layer(call::CallLayer)
+        .layer(access::AccessLayer::new(state.gate.clone()))
         .add_service(health_service)
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection (v1alpha)")?)

@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
-use tonic::{Code, Request};
+use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -22,6 +22,8 @@ use super::proto::{
     Event, GetSessionScoreRequest, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal,
 };
 use super::*;
+use crate::domain::access::{Caller, Reach, Scope};
+use crate::domain::id::TokenId;
 use crate::keeper::Nudge;
 use crate::pipeline::PipelineConfig;
 use crate::store::Store;
@@ -32,12 +34,33 @@ struct Door {
     served: JoinHandle<anyhow::Result<()>>,
 }
 
+const TOKEN: &str = "om_test";
+
+/// A gate that lets one token do everything.
+fn gate(store: &Store) -> Gate {
+    let caller = Caller::Token {
+        id: TokenId::from_uuid(Uuid::from_u128(1)),
+        scopes: Scope::ALL.to_vec(),
+        reach: Reach::AllSites,
+    };
+    Gate::new(store.clone()).knowing(TOKEN, caller)
+}
+
+#[allow(clippy::result_large_err)] // the shape of an interceptor
+fn with_token(mut request: Request<()>) -> Result<Request<()>, Status> {
+    let value = format!("Bearer {TOKEN}").parse().expect("a token is visible text");
+    request.metadata_mut().insert("authorization", value);
+    Ok(request)
+}
+
 /// A server whose database refuses connections.
 async fn door() -> Door {
     let store = Store::new("postgres://nobody@127.0.0.1:1/none", 2).await.expect("the URL is one");
     let state = GrpcState {
         pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
         directory: Directory::new(store.clone()),
+        gate: gate(&store),
+        store: store.clone(),
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("it is bound");
@@ -61,7 +84,7 @@ fn event() -> Event {
 #[tokio::test]
 async fn signals_are_scored_without_a_database_and_the_request_id_comes_back() {
     let door = door().await;
-    let mut scoring = ScoringServiceClient::new(door.channel.clone());
+    let mut scoring = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token);
     let message = ScoreSignalsRequest { signals: vec![Signal::HoverIntent.into()], ..ScoreSignalsRequest::default() };
 
     let mut request = Request::new(message.clone());
@@ -79,7 +102,7 @@ async fn signals_are_scored_without_a_database_and_the_request_id_comes_back() {
 #[tokio::test]
 async fn a_bad_request_names_its_fields_in_the_status_details() {
     let door = door().await;
-    let mut scoring = ScoringServiceClient::new(door.channel.clone());
+    let mut scoring = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token);
     let many = ScoreSignalsRequest { signals: vec![99; 1000], ..ScoreSignalsRequest::default() };
     let status = scoring.score_signals(many).await.expect_err("no such signals");
     assert_eq!(status.code(), Code::InvalidArgument);
@@ -88,7 +111,7 @@ async fn a_bad_request_names_its_fields_in_the_status_details() {
     assert_eq!(details.field_violations[0].field, "signals[0]");
     assert_eq!(details.field_violations[0].reason, "REJECTION_REASON_INVALID");
 
-    let mut ingest = IngestServiceClient::new(door.channel.clone());
+    let mut ingest = IngestServiceClient::with_interceptor(door.channel.clone(), with_token);
     for (events, reason) in
         [(vec![], "REJECTION_REASON_MISSING"), (vec![event(); 1001], "REJECTION_REASON_OUT_OF_RANGE")]
     {
@@ -106,7 +129,7 @@ async fn a_bad_request_names_its_fields_in_the_status_details() {
 #[tokio::test]
 async fn without_a_database_events_are_refused_or_unavailable_and_never_lost_in_silence() {
     let door = door().await;
-    let mut ingest = IngestServiceClient::new(door.channel.clone());
+    let mut ingest = IngestServiceClient::with_interceptor(door.channel.clone(), with_token);
     let status = ingest.ingest(IngestRequest { events: vec![event()] }).await.expect_err("no database");
     assert_eq!(status.code(), Code::Unavailable);
     let delay = status.get_details_retry_info().and_then(|info| info.retry_delay);
@@ -141,16 +164,35 @@ async fn without_a_database_events_are_refused_or_unavailable_and_never_lost_in_
 #[tokio::test]
 async fn what_this_version_does_not_serve_says_so() {
     let door = door().await;
-    let record = CallsServiceClient::new(door.channel.clone()).record_call(RecordCallRequest::default()).await;
-    let get =
-        ScoringServiceClient::new(door.channel.clone()).get_session_score(GetSessionScoreRequest::default()).await;
-    let stream = IngestServiceClient::new(door.channel.clone()).stream_ingest(tokio_stream::empty()).await;
+    let record = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .record_call(RecordCallRequest::default())
+        .await;
+    let get = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .get_session_score(GetSessionScoreRequest::default())
+        .await;
+    let stream = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .stream_ingest(tokio_stream::empty())
+        .await;
     let refused = [record.map(drop), get.map(drop), stream.map(drop)];
     for (answer, rpc) in refused.into_iter().zip(["RecordCall", "GetSessionScore", "StreamIngest"]) {
         let status = answer.expect_err("not served");
         assert_eq!(status.code(), Code::Unimplemented);
         assert!(status.message().contains(rpc), "{}", status.message());
     }
+}
+
+#[tokio::test]
+async fn nobody_is_answered_without_a_token_but_health() {
+    let door = door().await;
+    let anonymous = ScoringServiceClient::new(door.channel.clone()).score_signals(ScoreSignalsRequest::default()).await;
+    assert_eq!(anonymous.expect_err("no token").code(), Code::Unauthenticated);
+    let unknown = ScoringServiceClient::with_interceptor(door.channel.clone(), |mut request: Request<()>| {
+        request.metadata_mut().insert("authorization", "Bearer om_unknown".parse().expect("visible"));
+        Ok(request)
+    });
+    let mut unknown = unknown;
+    let status = unknown.score_signals(ScoreSignalsRequest::default()).await.expect_err("who knows");
+    assert_eq!(status.code(), Code::Unavailable, "without a database nobody can tell");
 }
 
 #[tokio::test]
@@ -191,7 +233,10 @@ async fn both_reflections_list_every_service() {
                 message_request: Some(MessageRequest::ListServices(String::new())),
                 ..Default::default()
             };
-            let mut client = $version::server_reflection_client::ServerReflectionClient::new(door.channel.clone());
+            let mut client = $version::server_reflection_client::ServerReflectionClient::with_interceptor(
+                door.channel.clone(),
+                with_token,
+            );
             let mut answers =
                 client.server_reflection_info(tokio_stream::once(list)).await.expect("it is served").into_inner();
             match answers.message().await.expect("an answer").and_then(|answer| answer.message_response) {

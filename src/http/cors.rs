@@ -117,6 +117,7 @@ mod tests {
             public_id: "p".into(),
             domain: "a.example".into(),
             origins: vec![],
+            region: None,
         };
         let page = sender(&["https://WWW.a.example"]);
         assert_eq!(page.admit(&site), Ok(()));

@@ -16,6 +16,7 @@ pub mod pool;
 pub mod sessions;
 pub mod sites;
 pub mod statement;
+pub mod tokens;
 pub mod transaction;
 
 use error::StoreError;

@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::Store;
 use super::error::StoreError;
 use super::statement::Months;
-use super::transaction::Purpose;
+use super::transaction::{Purpose, Reader};
 use crate::domain::id::SiteId;
 use crate::domain::origin::Origin;
 use crate::domain::site::Site;
@@ -14,7 +14,7 @@ crate::statement!(
     FIND_SITE,
     Months::None,
     [TEXT, UUID],
-    "SELECT id, public_id, domain, origins FROM public.sites WHERE public_id = $1 OR id = $2 \
+    "SELECT id, public_id, domain, origins, region FROM public.sites WHERE public_id = $1 OR id = $2 \
      ORDER BY (public_id = $1) DESC LIMIT 1"
 );
 
@@ -29,23 +29,23 @@ crate::statement!(
 crate::statement!(
     ADD_SITE,
     Months::None,
-    [TEXT, UUID, TEXT, TEXT, TEXT_ARRAY],
-    "INSERT INTO public.sites (public_id, user_id, name, domain, origins) VALUES ($1, $2, $3, $4, $5) \
-     ON CONFLICT (public_id) DO NOTHING RETURNING id, public_id, domain, origins"
+    [TEXT, UUID, TEXT, TEXT, TEXT_ARRAY, TEXT],
+    "INSERT INTO public.sites (public_id, user_id, name, domain, origins, region) VALUES ($1, $2, $3, $4, $5, $6) \
+     ON CONFLICT (public_id) DO NOTHING RETURNING id, public_id, domain, origins, region"
 );
 
 crate::statement!(
     SET_SITE_ORIGINS,
     Months::None,
     [UUID, TEXT_ARRAY],
-    "UPDATE public.sites SET origins = $2 WHERE id = $1 RETURNING id, public_id, domain, origins"
+    "UPDATE public.sites SET origins = $2 WHERE id = $1 RETURNING id, public_id, domain, origins, region"
 );
 
 crate::statement!(
     LIST_SITES,
     Months::None,
     [],
-    "SELECT id, public_id, domain, origins, name FROM public.sites ORDER BY created_at, id"
+    "SELECT id, public_id, domain, origins, region, name FROM public.sites ORDER BY created_at, id"
 );
 
 fn site(row: &tokio_postgres::Row) -> Result<Site, StoreError> {
@@ -55,6 +55,7 @@ fn site(row: &tokio_postgres::Row) -> Result<Site, StoreError> {
             public_id: row.try_get(1)?,
             domain: row.try_get(2)?,
             origins: row.try_get(3)?,
+            region: row.try_get(4)?,
         })
     };
     read().map_err(|error| StoreError::unreadable("read site", error))
@@ -68,12 +69,27 @@ pub struct NewSite {
     pub name: String,
     pub domain: String,
     pub origins: Vec<String>,
+    /// ISO 3166 country, upper case.
+    pub region: Option<String>,
 }
 
 impl Store {
     /// The site with this public id, or else with this id.
     pub async fn find_site(&self, public_id: &str, id: Option<SiteId>) -> Result<Option<Site>, StoreError> {
         let tx = self.begin(Purpose::Serve).await?;
+        let rows = tx.query(&FIND_SITE, &[&public_id, &id.map(|id| id.as_uuid())]).await?;
+        tx.commit().await?;
+        rows.first().map(site).transpose()
+    }
+
+    /// The site with this public id or id, if the reader may see it.
+    pub async fn find_site_as(
+        &self,
+        reader: Reader,
+        public_id: &str,
+        id: Option<SiteId>,
+    ) -> Result<Option<Site>, StoreError> {
+        let tx = self.begin(Purpose::Read(reader)).await?;
         let rows = tx.query(&FIND_SITE, &[&public_id, &id.map(|id| id.as_uuid())]).await?;
         tx.commit().await?;
         rows.first().map(site).transpose()
@@ -91,7 +107,9 @@ impl Store {
     /// Adds a site; nothing if the public id is taken.
     pub async fn add_site(&self, new: &NewSite) -> Result<Option<Site>, StoreError> {
         let tx = self.begin(Purpose::Operate).await?;
-        let rows = tx.query(&ADD_SITE, &[&new.public_id, &new.owner, &new.name, &new.domain, &new.origins]).await?;
+        let rows = tx
+            .query(&ADD_SITE, &[&new.public_id, &new.owner, &new.name, &new.domain, &new.origins, &new.region])
+            .await?;
         tx.commit().await?;
         rows.first().map(site).transpose()
     }
@@ -111,7 +129,7 @@ impl Store {
         tx.commit().await?;
         rows.iter()
             .map(|row| {
-                let name = row.try_get(4).map_err(|error| StoreError::unreadable(LIST_SITES.name, error))?;
+                let name = row.try_get(5).map_err(|error| StoreError::unreadable(LIST_SITES.name, error))?;
                 Ok((site(row)?, name))
             })
             .collect()

@@ -4,6 +4,7 @@
 //! are set with `SET LOCAL`, and statements are not prepared on the server, so a transaction pooler may stand between. A transaction that is
 //! dropped before its end takes its connection with it: nothing half done ever returns to the pool.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use tokio_postgres::Row;
@@ -12,6 +13,7 @@ use tokio_postgres::types::ToSql;
 use super::error::{BEGIN, StoreError};
 use super::pool::Connection;
 use super::statement::Statement;
+use crate::domain::id::{SiteId, UserId};
 use crate::telemetry;
 
 /// What a transaction is for: decides its role and its bounds.
@@ -23,11 +25,34 @@ pub enum Purpose {
     Keep,
     /// The command line, on behalf of the operator.
     Operate,
+    /// A read on behalf of a tenant: the policies of the database show what is theirs, whatever a statement asks for.
+    Read(Reader),
+    /// A judgement that a person makes themselves: bound by the same policies.
+    Act(UserId),
+}
+
+/// On whose behalf a transaction reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reader {
+    /// A token: the one site.
+    Site(SiteId),
+    /// A person: the sites that they own or are a member of.
+    User(UserId),
 }
 
 impl Purpose {
-    const fn begin(self) -> &'static str {
+    fn begin(self) -> Cow<'static, str> {
         match self {
+            Self::Read(Reader::Site(site)) => {
+                return format!(
+                    "BEGIN READ ONLY; SET LOCAL ROLE opsmantik_tenant; SET LOCAL opsmantik.site_id = '{site}'; {TENANT_BOUNDS}"
+                )
+                .into();
+            }
+            Self::Read(Reader::User(user)) => {
+                return format!("BEGIN READ ONLY; {}; {TENANT_BOUNDS}", as_user(user)).into();
+            }
+            Self::Act(user) => return format!("BEGIN; {}; {TENANT_BOUNDS}", as_user(user)).into(),
             Self::Serve => {
                 "BEGIN; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'; \
                  SET LOCAL lock_timeout = '4s'; SET LOCAL idle_in_transaction_session_timeout = '15s'; SET CONSTRAINTS ALL DEFERRED"
@@ -37,7 +62,20 @@ impl Purpose {
             }
             Self::Operate => "BEGIN; SET LOCAL ROLE opsmantik_operator; SET LOCAL statement_timeout = '60s'",
         }
+        .into()
     }
+}
+
+/// No reader waits or works longer.
+const TENANT_BOUNDS: &str = "SET LOCAL statement_timeout = '5s'; SET LOCAL lock_timeout = '4s'; \
+     SET LOCAL idle_in_transaction_session_timeout = '15s'";
+
+/// The role and the claims that Supabase gives a signed-in user. A UUID needs no quoting.
+fn as_user(user: UserId) -> String {
+    let claims = format!(r#"{{"sub":"{user}","role":"authenticated"}}"#);
+    format!(
+        "SET LOCAL ROLE authenticated; SET LOCAL \"request.jwt.claims\" = '{claims}'; SET LOCAL \"request.jwt.claim.sub\" = '{user}'"
+    )
 }
 
 /// An open transaction.
@@ -52,7 +90,7 @@ impl<'a> Transaction<'a> {
     ) -> Result<Self, StoreError> {
         connection.set_in_transaction(true);
         let transaction = Self { connection };
-        transaction.simple(BEGIN, purpose.begin()).await?;
+        transaction.simple(BEGIN, &purpose.begin()).await?;
         Ok(transaction)
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use opsmantik::domain::access::Scope;
 use opsmantik::grpc::proto::ingest_result::Outcome;
 use opsmantik::grpc::proto::ingest_service_client::IngestServiceClient;
 use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
@@ -16,12 +17,13 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt;
 use uuid::Uuid;
 
-use crate::support::database::{Database, connect, database};
+use crate::support::database::{Database, bearer, connect, database};
 use crate::support::process::Server;
 
 struct Door {
     database: Database,
     site: String,
+    token: String,
     channel: Channel,
     server: Server,
 }
@@ -33,11 +35,14 @@ impl Door {
         let server = Server::start(&database.url).await;
         let endpoint = Channel::from_shared(format!("http://{}", server.grpc)).expect("an address is a URI");
         let channel = endpoint.connect().await.expect("the server listens");
-        Self { database, site, channel, server }
+        let token = database.token(&Scope::ALL, None).await;
+        Self { database, site, token, channel, server }
     }
 
     async fn ingest(&self, events: Vec<Event>) -> Result<Vec<IngestResult>, tonic::Status> {
-        let answer = IngestServiceClient::new(self.channel.clone()).ingest(IngestRequest { events }).await?;
+        let answer = IngestServiceClient::with_interceptor(self.channel.clone(), bearer(&self.token))
+            .ingest(IngestRequest { events })
+            .await?;
         Ok(answer.into_inner().results)
     }
 
@@ -172,7 +177,10 @@ async fn signals_come_back_as_a_score_with_every_line_of_it() {
         attribution: Attribution::AdsAssisted.into(),
         ..ScoreSignalsRequest::default()
     };
-    let answer = ScoringServiceClient::new(door.channel.clone()).score_signals(request).await.expect("a good request");
+    let answer = ScoringServiceClient::with_interceptor(door.channel.clone(), bearer(&door.token))
+        .score_signals(request)
+        .await
+        .expect("a good request");
     let score = answer.into_inner().score;
     let mut lines = points(score.as_ref()).1;
     lines.sort_by_key(|(signal, _)| i32::from(*signal));

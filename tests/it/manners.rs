@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use opsmantik::domain::access::Scope;
 use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
 use opsmantik::grpc::proto::{ScoreSignalsRequest, Signal, SignalFacts};
 use prost::bytes::{Buf, BufMut};
@@ -21,6 +22,7 @@ const SCORE_SIGNALS: &str = "opsmantik.v1.ScoringService/ScoreSignals";
 struct Door {
     server: Server,
     channel: Channel,
+    token: String,
     _database: Database,
 }
 
@@ -29,13 +31,16 @@ impl Door {
         let database = database().await;
         let server = Server::start(&database.url).await;
         let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc)).expect("an address is a URI");
-        Self { channel: endpoint.connect().await.expect("it listens"), server, _database: database }
+        let token = database.token(&Scope::ALL, None).await;
+        Self { channel: endpoint.connect().await.expect("it listens"), server, token, _database: database }
     }
 
     /// A request as every test here makes it.
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(Duration::from_secs(20));
+        let bearer = format!("Bearer {}", self.token).parse().expect("a token is visible text");
+        request.metadata_mut().insert("authorization", bearer);
         request
     }
 

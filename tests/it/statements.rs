@@ -44,6 +44,7 @@ fn sample(statement: &Statement, site: SiteId) -> (Vec<Box<dyn ToSql + Sync + Se
             Type::TEXT_ARRAY => Box::new(vec!["Direct-to-Ads"]),
             Type::TIMESTAMPTZ => Box::new(instant),
             Type::TIMESTAMPTZ_ARRAY => Box::new(vec![instant]),
+            Type::BYTEA => Box::new(vec![7u8; 32]),
             Type::INT2_ARRAY => Box::new(vec![1i16]),
             Type::INT4 => Box::new(1i32),
             Type::INT4_ARRAY => Box::new(vec![1i32]),

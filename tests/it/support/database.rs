@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use opsmantik::domain::access::Scope;
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::site::Site;
 use opsmantik::store::Store;
@@ -9,6 +10,8 @@ use opsmantik::store::sites::NewSite;
 use serde_json::Value;
 use tokio::sync::{Mutex, OnceCell};
 use tokio_postgres::{Client, NoTls};
+use tonic::metadata::MetadataValue;
+use tonic::{Request, Status};
 
 use super::cluster::cluster;
 
@@ -30,6 +33,16 @@ pub async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("the test's cluster answers");
     tokio::spawn(connection);
     client
+}
+
+/// Adds a token to every request of a client.
+#[allow(clippy::result_large_err)] // the shape of an interceptor
+pub fn bearer(token: &str) -> impl FnMut(Request<()>) -> Result<Request<()>, Status> + Clone + use<> {
+    let value: MetadataValue<_> = format!("Bearer {token}").parse().expect("a token is visible text");
+    move |mut request| {
+        request.metadata_mut().insert("authorization", value.clone());
+        Ok(request)
+    }
 }
 
 /// An empty database.
@@ -77,8 +90,17 @@ impl Database {
             name: public_id.to_owned(),
             domain: format!("{public_id}.example"),
             origins: Vec::new(),
+            region: Some("US".to_owned()),
         };
         self.store.add_site(&new).await.expect("the database answers").expect("the public id is free")
+    }
+
+    /// A new token's text. No site: every site.
+    pub async fn token(&self, scopes: &[Scope], site: Option<SiteId>) -> String {
+        let token = format!("om_{}", uuid::Uuid::new_v4().simple());
+        let hash = opsmantik::access::hash(&token);
+        self.store.issue_token(&hash, "test", scopes, site).await.expect("the database answers");
+        token
     }
 
     /// Makes the leaves of a month.

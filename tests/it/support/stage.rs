@@ -55,6 +55,7 @@ impl Stage {
             name: "Demo".to_owned(),
             domain: "localhost".to_owned(),
             origins: vec![format!("http://{api}"), format!("http://{page}")],
+            region: None,
         };
         let site = database.store.add_site(&new).await.expect("the database answers").expect("the public id is free");
         let demo = |api: SocketAddr| Demo {

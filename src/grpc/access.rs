@@ -1,0 +1,193 @@
+//! Who may call what: every RPC but health needs a caller with its scope, and a site that is theirs.
+//!
+//! [`AccessLayer`] proves the caller before anything of the request is read, and leaves them in its extensions. A handler asks
+//! [`site`] for the site that the request names: whoever may not see it hears the same whether it exists or not. [`reader`] says under
+//! whose policies the database is read.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http::header::AUTHORIZATION;
+use tonic::body::Body;
+use tonic::{Request, Status};
+use tower::{Layer, Service};
+
+use super::proto::RejectionReason;
+use super::{GrpcState, proto, status};
+use crate::access::{Denied, Gate};
+use crate::domain::access::{Caller, Reach, Scope};
+use crate::domain::id::SiteId;
+use crate::domain::outcome::Unavailable;
+use crate::domain::site::Site;
+use crate::store::transaction::Reader;
+
+/// The scope of every RPC, and whether a person may call it, too.
+const RPCS: [(&str, Scope, bool); 13] = [
+    ("/opsmantik.v1.IngestService/Ingest", Scope::IngestWrite, false),
+    ("/opsmantik.v1.IngestService/StreamIngest", Scope::IngestWrite, false),
+    ("/opsmantik.v1.IngestService/WatchEvents", Scope::EventsRead, true),
+    ("/opsmantik.v1.ScoringService/ScoreSignals", Scope::ScoringRead, true),
+    ("/opsmantik.v1.ScoringService/GetSessionScore", Scope::ScoringRead, true),
+    ("/opsmantik.v1.ScoringService/ListTopSessions", Scope::ScoringRead, true),
+    ("/opsmantik.v1.ScoringService/WatchSessions", Scope::ScoringRead, true),
+    ("/opsmantik.v1.CallsService/RecordCall", Scope::CallsWrite, false),
+    ("/opsmantik.v1.CallsService/RecordCalls", Scope::CallsWrite, false),
+    ("/opsmantik.v1.CallsService/GetCall", Scope::CallsRead, true),
+    ("/opsmantik.v1.CallsService/ListCalls", Scope::CallsRead, true),
+    ("/opsmantik.v1.CallsService/ReviewCall", Scope::CallsWrite, true),
+    ("/opsmantik.v1.CallsService/WatchCalls", Scope::CallsRead, true),
+];
+
+/// What is open to everybody: health, which a load balancer asks without a token.
+const OPEN: &str = "/grpc.health.v1.Health/";
+
+#[derive(Clone)]
+pub(super) struct AccessLayer {
+    gate: Gate,
+}
+
+impl AccessLayer {
+    pub(super) fn new(gate: Gate) -> Self {
+        Self { gate }
+    }
+}
+
+impl<S> Layer<S> for AccessLayer {
+    type Service = Access<S>;
+
+    fn layer(&self, inner: S) -> Access<S> {
+        Access { inner, gate: self.gate.clone() }
+    }
+}
+
+#[derive(Clone)]
+pub(super) struct Access<S> {
+    inner: S,
+    gate: Gate,
+}
+
+impl<S> Service<http::Request<Body>> for Access<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<http::Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        // The clone takes the place; what was polled ready is what is called.
+        let next = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, next);
+        if request.uri().path().starts_with(OPEN) {
+            return Box::pin(inner.call(request));
+        }
+        let gate = self.gate.clone();
+        Box::pin(async move {
+            // A body cannot be shared between threads, which asking the gate may need.
+            let (parts, body) = request.into_parts();
+            let admitted = admit(&gate, &parts).await;
+            let mut request = http::Request::from_parts(parts, body);
+            match admitted {
+                Ok(caller) => {
+                    request.extensions_mut().insert(caller);
+                    inner.call(request).await
+                }
+                Err(refusal) => Ok(refusal.into_http()),
+            }
+        })
+    }
+}
+
+/// The caller, if they have the scope of what they call.
+async fn admit(gate: &Gate, request: &http::request::Parts) -> Result<Arc<Caller>, Status> {
+    let header = request.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let bearer = header
+        .and_then(|header| header.split_at_checked(7))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer "))
+        .map(|(_, token)| token.trim())
+        .ok_or_else(|| Status::unauthenticated("`authorization: Bearer TOKEN` is required in the metadata"))?;
+    let caller = gate.admit(bearer).await.map_err(|denied| match denied {
+        Denied::Invalid => Status::unauthenticated("the bearer token is not valid"),
+        Denied::Unavailable(error) => {
+            tracing::warn!(%error, "cannot check a token");
+            status::unavailable(Unavailable::Database)
+        }
+    })?;
+    let path = request.uri.path();
+    let Some((_, scope, people_too)) = RPCS.iter().find(|(rpc, ..)| *rpc == path) else { return Ok(caller) };
+    if matches!(*caller, Caller::User { .. }) && !people_too {
+        return Err(Status::permission_denied("this RPC is for API tokens, not for people who signed in"));
+    }
+    if caller.has(*scope) {
+        Ok(caller)
+    } else {
+        Err(Status::permission_denied(format!("the token has no scope `{scope}`")))
+    }
+}
+
+/// Who calls.
+pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, Status> {
+    let caller = request.extensions().get::<Arc<Caller>>().cloned();
+    // The layer lets nobody pass without one.
+    caller.ok_or_else(|| Status::unauthenticated("`authorization: Bearer TOKEN` is required in the metadata"))
+}
+
+/// A site that is not the caller's: said alike whether it exists or not.
+pub(super) fn not_yours() -> Status {
+    Status::permission_denied("`site` is not among the sites of this token")
+}
+
+/// The site that a request names, if it is the caller's. `Ok(None)`: there is none, which only a caller for all sites is told.
+pub(super) async fn find_site(state: &GrpcState, caller: &Caller, text: &str) -> Result<Option<Arc<Site>>, Status> {
+    let text = text.trim();
+    match caller {
+        Caller::Token { reach: Reach::AllSites, .. } => state.directory.site(text).await.map_err(status::unavailable),
+        Caller::Token { reach: Reach::Site { id, public_id }, .. } => {
+            if text != public_id && text.parse::<SiteId>().ok().as_ref() != Some(id) {
+                return Err(not_yours());
+            }
+            // The token refers to it, so it exists.
+            let site = state.directory.site_by_id(*id).await.map_err(status::unavailable)?;
+            site.map(Some).ok_or_else(not_yours)
+        }
+        Caller::User { id } => {
+            let found = state.store.find_site_as(Reader::User(*id), &text.replace('\0', ""), text.parse().ok()).await;
+            let site = found.map_err(|error| {
+                tracing::warn!(%error, "cannot look up a site");
+                status::unavailable(Unavailable::Database)
+            })?;
+            site.map(|site| Some(Arc::new(site))).ok_or_else(not_yours)
+        }
+    }
+}
+
+/// As [`find_site`], for a request about one site: INVALID_ARGUMENT without a name, NOT_FOUND for a site that does not exist.
+pub(super) async fn site(
+    state: &GrpcState,
+    caller: &Caller,
+    field: &'static str,
+    text: &str,
+) -> Result<Arc<Site>, Status> {
+    if text.trim().is_empty() {
+        let message = format!("`{field}` is required: the site's public id or UUID");
+        return Err(status::bad_request(vec![proto::Rejection::of(RejectionReason::Missing, field, message)]));
+    }
+    let site = find_site(state, caller, text).await?;
+    site.ok_or_else(|| Status::not_found(format!("`{field}` names no known site")))
+}
+
+/// Under whose policies the caller reads a site.
+pub(super) fn reader(caller: &Caller, site: SiteId) -> Reader {
+    match caller {
+        Caller::Token { reach: Reach::Site { id, .. }, .. } => Reader::Site(*id),
+        Caller::Token { reach: Reach::AllSites, .. } => Reader::Site(site),
+        Caller::User { id } => Reader::User(*id),
+    }
+}
