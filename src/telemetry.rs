@@ -30,7 +30,7 @@ pub const HTTP_REQUEST_SECONDS: &str = "opsmantik_http_request_seconds";
 pub const QSTASH_PUBLISHED_TOTAL: &str = "opsmantik_qstash_published_total";
 /// Events that went to the pipeline instead of QStash, by reason.
 pub const QSTASH_FELL_BACK_TOTAL: &str = "opsmantik_qstash_fell_back_total";
-/// Leaves made by the keeper.
+/// Leaves made by the keeper, and by writers for imported history.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
 
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.

@@ -4,7 +4,7 @@
 //! valid from then on and travels as it is: through a queue, into a batch, into a dead letter. Only what cannot be an event
 //! is refused (no URL, no session id); everything else is cleaned, clamped or kept in `metadata`.
 
-use chrono::{DateTime, Days, SubsecRound, Utc};
+use chrono::{DateTime, Days, Months, SubsecRound, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -104,7 +104,14 @@ pub struct Draft {
     pub client_time_ms: Option<f64>,
     /// `meta`, and whatever else the door found and did not know.
     pub meta: Map<String, Value>,
+    /// Imported history: when it really happened. Unlike the client's clock it is believed, within [`IMPORT_MONTHS`].
+    pub occurred_at: Option<DateTime<Utc>>,
 }
+
+/// History may be imported that is this old.
+pub const IMPORT_MONTHS: u32 = 24;
+/// And the importer's clock may be ahead of ours by this much.
+const IMPORT_SKEW: TimeDelta = TimeDelta::minutes(2);
 
 /// An accepted event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -114,9 +121,13 @@ pub struct Event {
     pub session_id: SessionId,
     /// The tracker's hint of the session's month; see [`Month::for_new_session`].
     pub month_hint: Option<Month>,
-    /// Arrival at the edge, in whole microseconds as PostgreSQL keeps them.
+    /// The time by which everything is placed, in whole microseconds as PostgreSQL keeps them: the arrival at the edge, or of imported
+    /// history when it happened.
     pub received_at: DateTime<Utc>,
-    /// The client's time, clamped to the 24 hours before the arrival.
+    /// Of imported history: its arrival at the edge. Absent from jobs and letters that carry none, old ones included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported_at: Option<DateTime<Utc>>,
+    /// The client's time, clamped to the 24 hours before `received_at`.
     pub occurred_at: DateTime<Utc>,
     pub url: String,
     pub referrer: Option<String>,
@@ -162,7 +173,14 @@ impl Event {
         let session = draft.session.as_deref().and_then(|id| clean_some(id, MAX_LABEL));
         let session = session.ok_or_else(|| Refusal::missing(names.session, "the session's id"))?;
 
-        let received_at = arrival.received_at.trunc_subsecs(6);
+        let arrived_at = arrival.received_at.trunc_subsecs(6);
+        let (received_at, imported_at) = match draft.occurred_at.map(|told| told.trunc_subsecs(6)) {
+            Some(told) if importable(told, arrived_at) => (told, Some(arrived_at)),
+            Some(_) => {
+                return Err(Refusal::out_of_range("occurred_at", "history of at most 24 months can be imported"));
+            }
+            None => (arrived_at, None),
+        };
         let id = match draft.id.as_deref().and_then(|id| clean_some(id, MAX_LABEL)) {
             Some(id) => EventId::from_text(site, &id),
             None => EventId::derived(site, &draft.content(), received_at),
@@ -193,6 +211,7 @@ impl Event {
             session_id: SessionId::from_text(site, &session),
             month_hint: draft.month_hint.and_then(|hint| hint.parse().ok()),
             received_at,
+            imported_at,
             occurred_at: occurred_at(draft.client_time_ms, received_at),
             referrer: draft.referrer.as_deref().and_then(|referrer| clean_some(referrer, MAX_REFERRER)),
             category: category.unwrap_or_else(unknown),
@@ -257,12 +276,18 @@ impl Event {
             ("action", text(&self.action, MAX_SHORT)),
             ("occurred_at", self.occurred_at <= self.received_at && Some(self.occurred_at) >= earliest),
             ("value", self.value.is_none_or(f64::is_finite)),
+            ("received_at", self.imported_at.is_none_or(|arrived| importable(self.received_at, arrived))),
         ]
         .into_iter()
         .find_map(|(field, whole)| (!whole).then_some(field))
     }
 
-    /// The month in which it arrived.
+    /// When it arrived at the edge, whenever it happened.
+    pub fn arrived_at(&self) -> DateTime<Utc> {
+        self.imported_at.unwrap_or(self.received_at)
+    }
+
+    /// The month in which it arrived, or of imported history happened.
     pub fn arrival_month(&self) -> Month {
         Month::of(self.received_at)
     }
@@ -285,11 +310,31 @@ impl Event {
 impl Draft {
     /// What the event says, for the id of an event without one. Keys of a JSON object are ordered.
     fn content(&self) -> String {
-        let Self { id: _, url, session, month_hint: _, category, action, label, value, referrer, client_time_ms, meta } =
-            self;
+        let Self {
+            id: _,
+            url,
+            session,
+            month_hint: _,
+            category,
+            action,
+            label,
+            value,
+            referrer,
+            client_time_ms,
+            meta,
+            occurred_at,
+        } = self;
         let fields = (url, session, category, action, label, value, referrer, client_time_ms, meta);
-        serde_json::to_string(&fields).unwrap_or_else(|_| format!("{fields:?}"))
+        let content = serde_json::to_string(&fields).unwrap_or_else(|_| format!("{fields:?}"));
+        // The same thing twice within seconds is history, not a retry: a retry tells the same moment.
+        occurred_at.map_or(content.clone(), |at| format!("{content}\n{}", at.trunc_subsecs(6).timestamp_micros()))
     }
+}
+
+/// Whether something that happened at `at` may be imported at `arrived_at`; the ends of the window are inside.
+fn importable(at: DateTime<Utc>, arrived_at: DateTime<Utc>) -> bool {
+    let earliest = arrived_at.checked_sub_months(Months::new(IMPORT_MONTHS));
+    earliest.is_some_and(|earliest| earliest <= at) && at - arrived_at <= IMPORT_SKEW
 }
 
 fn occurred_at(client_time_ms: Option<f64>, received_at: DateTime<Utc>) -> DateTime<Utc> {

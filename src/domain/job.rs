@@ -34,9 +34,9 @@ pub enum NotAJob {
     Unreadable(String),
     #[error("`v` is {0}, and this server reads {VERSION}")]
     Version(u32),
-    #[error("`event.received_at` lies in the future")]
+    #[error("the event's arrival lies in the future")]
     FromTheFuture,
-    #[error("`event.received_at` is more than a year ago")]
+    #[error("the event's arrival is more than a year ago")]
     TooOld,
     #[error("`event` was never accepted anywhere: `{0}` is not what an event has")]
     NoEvent(&'static str),
@@ -74,9 +74,11 @@ impl Job<'static> {
             return Err(NotAJob::Version(v));
         }
         let event = serde_json::from_str::<Self>(text).map_err(unreadable)?.event.into_owned();
-        if event.received_at > now + SKEW {
+        // Imported history may be older than any job.
+        let arrived_at = event.arrived_at();
+        if arrived_at > now + SKEW {
             Err(NotAJob::FromTheFuture)
-        } else if event.received_at < now - OLDEST {
+        } else if arrived_at < now - OLDEST {
             Err(NotAJob::TooOld)
         } else if let Some(field) = event.defect() {
             Err(NotAJob::NoEvent(field))

@@ -12,6 +12,8 @@ pub enum RefusalReason {
     MissingField,
     /// A field has the wrong type or value.
     InvalidField,
+    /// A field can be read and lies outside its bound.
+    OutOfRange,
     /// One event is over 64 KiB.
     EventTooLarge,
     /// No site has this id.
@@ -25,6 +27,7 @@ impl RefusalReason {
             Self::InvalidJson => "invalid_json",
             Self::MissingField => "missing_field",
             Self::InvalidField => "invalid_field",
+            Self::OutOfRange => "out_of_range",
             Self::EventTooLarge => "event_too_large",
             Self::UnknownSite => "unknown_site",
         }
@@ -54,6 +57,11 @@ impl Refusal {
     pub fn invalid(field: impl Into<Cow<'static, str>>, what: &str) -> Self {
         let field = field.into();
         Self { reason: RefusalReason::InvalidField, message: format!("`{field}` is invalid: {what}"), field }
+    }
+
+    pub fn out_of_range(field: impl Into<Cow<'static, str>>, what: &str) -> Self {
+        let field = field.into();
+        Self { reason: RefusalReason::OutOfRange, message: format!("`{field}` is out of range: {what}"), field }
     }
 
     pub fn json(what: impl fmt::Display) -> Self {
