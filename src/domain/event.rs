@@ -456,4 +456,43 @@ mod tests {
         let json = serde_json::to_string(&a).unwrap_or_default();
         assert_eq!(serde_json::from_str::<Event>(&json).ok(), Some(a));
     }
+
+    #[test]
+    fn imported_history_is_placed_by_when_it_happened_and_keeps_when_it_came() {
+        let came = arrival().received_at.trunc_subsecs(6);
+        let earliest = came - Months::new(IMPORT_MONTHS);
+        let second = TimeDelta::seconds(1);
+        let import = |at: DateTime<Utc>, client: Option<DateTime<Utc>>| {
+            #[allow(clippy::cast_precision_loss)]
+            let client_time_ms = client.map(|client| client.timestamp_millis() as f64);
+            let draft = draft(|d| (d.occurred_at, d.client_time_ms) = (Some(at), client_time_ms));
+            Event::accept(site(), draft, &arrival(), NAMES)
+        };
+        for inside in [earliest, earliest + second, came, came + TimeDelta::minutes(2)] {
+            let event = import(inside, None).expect("inside of the window");
+            assert_eq!((event.received_at, event.imported_at, event.occurred_at), (inside, Some(came), inside));
+            assert_eq!((event.arrived_at(), event.defect()), (came, None));
+        }
+        for outside in [earliest - second, came + TimeDelta::minutes(2) + second, DateTime::<Utc>::MIN_UTC] {
+            let refused = import(outside, None).expect_err("outside of the window");
+            assert_eq!((refused.reason.code(), refused.field.as_ref()), ("out_of_range", "occurred_at"));
+        }
+        let day = TimeDelta::days(1);
+        let event = import(came - day * 300, Some(came)).expect("inside of the window");
+        assert_eq!(event.occurred_at, event.received_at, "the client's clock orders, within the day before");
+        let event = import(came - day * 300, Some(came - day * 305)).expect("inside of the window");
+        assert_eq!(event.occurred_at, event.received_at - day);
+    }
+
+    #[test]
+    fn an_import_without_ids_is_the_same_again_whenever_it_is_repeated() {
+        let happened = arrival().received_at - TimeDelta::days(40);
+        let id = |at: DateTime<Utc>, later: i64| {
+            let arrival = Arrival::at(arrival().received_at + TimeDelta::seconds(later));
+            Event::accept(site(), draft(|d| d.occurred_at = Some(at)), &arrival, NAMES).expect("a whole draft").id
+        };
+        assert_eq!(id(happened, 0), id(happened, 3600));
+        assert_ne!(id(happened, 0), id(happened + TimeDelta::seconds(1), 0), "two moments are two events");
+        assert_ne!(id(arrival().received_at, 0), accept(|_| {}).id);
+    }
 }

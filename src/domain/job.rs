@@ -130,4 +130,34 @@ mod tests {
         let unreadable = error(r#"{"v":1,"event":"a visitor's secret"}"#);
         assert!(unreadable.contains("cannot be read") && !unreadable.contains("secret"), "{unreadable}");
     }
+
+    #[test]
+    fn a_job_of_imported_history_is_judged_by_its_arrival_and_an_older_job_has_none() {
+        let now = Utc::now();
+        let import = |arrived_at: DateTime<Utc>, happened: DateTime<Utc>| {
+            let draft = Draft {
+                url: Some("https://a.example/".into()),
+                session: Some("s".into()),
+                occurred_at: Some(happened),
+                ..Draft::default()
+            };
+            let names = FieldNames { url: "u", session: "sid" };
+            Event::accept(SiteId::from_uuid(Uuid::from_u128(1)), draft, &Arrival::at(arrived_at), names)
+                .expect("inside of the window")
+        };
+        let old = import(now, now - TimeDelta::days(700));
+        let text = Job::of(&old).to_json().unwrap_or_default();
+        assert_eq!(Job::event_from_json(&text, now).ok(), Some(old));
+        let stale = import(now - TimeDelta::days(400), now - TimeDelta::days(400));
+        let text = Job::of(&stale).to_json().unwrap_or_default();
+        assert!(matches!(Job::event_from_json(&text, now), Err(NotAJob::TooOld)));
+        let mut forged = import(now, now - TimeDelta::days(700));
+        forged.received_at -= TimeDelta::days(700);
+        forged.occurred_at = forged.received_at;
+        let text = Job::of(&forged).to_json().unwrap_or_default();
+        assert!(matches!(Job::event_from_json(&text, now), Err(NotAJob::NoEvent("received_at"))));
+
+        let text = Job::of(&event(now)).to_json().unwrap_or_default();
+        assert!(!text.contains("imported_at"), "as jobs have always been written: {text}");
+    }
 }

@@ -222,6 +222,17 @@ fn what_cannot_be_an_event_is_refused_and_the_field_is_named() {
 }
 
 #[test]
+fn the_time_of_imported_history_lands_in_the_event() {
+    let seconds = now().timestamp() - 86_400 * 300;
+    let event = accepted(|e| e.occurred_at = Some(Timestamp { seconds, nanos: 123_456_789 }));
+    assert_eq!(event.received_at.timestamp_micros(), seconds * 1_000_000 + 123_456);
+    assert_eq!(event.imported_at, Some(now()));
+    let event = accepted(|e| e.metadata = metadata([("occurred_at", Kind::StringValue("2025-01-01".to_owned()))]));
+    assert_eq!((event.received_at, event.imported_at), (now(), None), "only the field itself is believed");
+    assert_eq!(event.metadata["occurred_at"], "2025-01-01");
+}
+
+#[test]
 fn a_placement_tells_key_score_and_attribution() {
     use crate::domain::id::{SessionId, SessionKey};
     let session = SessionKey {

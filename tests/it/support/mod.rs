@@ -7,6 +7,7 @@ pub mod browser;
 pub mod cluster;
 pub mod database;
 pub mod events;
+pub mod line;
 pub mod process;
 pub mod qstash;
 pub mod stage;
