@@ -8,7 +8,7 @@
 //! Whatever ends a stream, what was taken is finished and acknowledged first, within [`FINISH`]. What stays without an
 //! acknowledgement is the sender's to send again.
 
-use std::future::{Future, pending};
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -225,11 +225,9 @@ async fn until(instant: Option<Instant>) {
     }
 }
 
-fn joined<T>(task: &mut Option<JoinHandle<T>>) -> impl Future<Output = Result<T, JoinError>> {
-    async {
-        match task {
-            Some(task) => task.await,
-            None => pending().await,
-        }
+async fn joined<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match task {
+        Some(task) => task.await,
+        None => pending().await,
     }
 }

@@ -98,13 +98,13 @@ pub async fn client(endpoint: &Endpoint, token: &str) -> Client {
     IngestServiceClient::with_interceptor(channel, Bearer(token.to_owned()))
 }
 
-/// Event `n` of the shop, one of some dozens of visits.
+/// Event `n` of the shop; sixteen in a row are one visit.
 pub fn event(n: u32) -> Event {
     Event {
         id: Some(Uuid::from_u128(u128::from(n)).to_string()),
         site: "shop".to_owned(),
         url: format!("https://shop.example/p{n}"),
-        session_id: format!("visit-{}", n % 53),
+        session_id: format!("visit-{}", n / 16),
         category: "interaction".to_owned(),
         action: "view".to_owned(),
         ..Event::default()
