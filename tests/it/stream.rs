@@ -66,11 +66,13 @@ async fn flood(mut client: Client, messages: u32) -> (Streaming<StreamIngestResp
 
 /// Waits until the number no longer grows, and tells it.
 async fn at_rest(number: &AtomicU32) -> u32 {
-    let mut last = number.load(Ordering::Relaxed);
+    let (mut last, mut calm) = (0, 0);
     loop {
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        // A busy machine may hold up everybody for a moment.
+        tokio::time::sleep(Duration::from_millis(300)).await;
         let now = number.load(Ordering::Relaxed);
-        if now == last && now > 0 {
+        calm = if now == last && now > 0 { calm + 1 } else { 0 };
+        if calm == 4 {
             return now;
         }
         last = now;
