@@ -44,6 +44,9 @@ pub use tls::{Certificates, TlsError, TlsFault, TlsFiles};
 const MAX_MESSAGE: usize = 4 << 20;
 /// Calls that one connection may have open, and run, at once: bounds what its messages can occupy.
 const MAX_STREAMS: u32 = 128;
+/// Bytes that a client may send ahead on one call before they are read. A connection has room for that of all its calls, so that a stream that
+/// is held back holds back no other call.
+const STREAM_WINDOW: u32 = 64 << 10;
 /// Largest metadata of one call, bytes.
 const MAX_METADATA: u32 = 16 << 10;
 /// A silent connection is asked for a sign of life this often ...
@@ -60,6 +63,8 @@ pub struct GrpcState {
     pub directory: Directory,
     pub store: Store,
     pub gate: Gate,
+    /// Cancelled when the server stops: streams end themselves.
+    pub stop: CancellationToken,
 }
 
 /// What every service of the contract takes and sends: bounded messages, compressed if the caller likes.
@@ -88,6 +93,8 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_PATIENCE))
         .http2_max_header_list_size(MAX_METADATA)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(STREAM_WINDOW * MAX_STREAMS)
         .max_concurrent_streams(MAX_STREAMS)
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .layer(call::CallLayer)
