@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Gate;
-use crate::calls;
+use crate::calls::{self, Calls};
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
 use crate::grpc::{self, Certificates, GrpcState, Health};
@@ -114,6 +114,8 @@ impl Server {
             pipeline: pipeline.clone(),
             directory,
             store: store.clone(),
+            calls: Calls::new(store.clone()),
+            caller_key: settings.caller_key()?,
             gate: Gate::new(store.clone()),
             stop: close_doors.clone(),
         };

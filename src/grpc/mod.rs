@@ -13,6 +13,8 @@ use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
 
 use crate::access::Gate;
+use crate::calls::Calls;
+use crate::calls::caller_key::CallerKey;
 use crate::directory::Directory;
 use crate::pipeline::Pipeline;
 use crate::store::Store;
@@ -63,6 +65,9 @@ pub struct GrpcState {
     pub directory: Directory,
     pub store: Store,
     pub gate: Gate,
+    pub calls: Calls,
+    /// Hashes callers' numbers. Without it no call can be recorded.
+    pub caller_key: Option<CallerKey>,
     /// Cancelled when the server stops: streams end themselves.
     pub stop: CancellationToken,
 }

@@ -62,6 +62,8 @@ async fn door() -> Door {
         pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
         directory: Directory::new(store.clone()),
         gate: gate(&store),
+        calls: Calls::new(store.clone()),
+        caller_key: Some(CallerKey::new(&"k".repeat(32)).expect("long enough")),
         store: store.clone(),
         stop: stop.clone(),
     };

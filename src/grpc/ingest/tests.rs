@@ -31,6 +31,8 @@ async fn a_stream_ends_with_its_callers_deadline() {
         pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
         directory: Directory::new(store.clone()),
         gate: Gate::new(store.clone()),
+        calls: crate::calls::Calls::new(store.clone()),
+        caller_key: None,
         store,
         stop: tokio_util::sync::CancellationToken::new(),
     };

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use opsmantik::access::Gate;
+use opsmantik::calls::Calls;
 use opsmantik::directory::Directory;
 use opsmantik::domain::access::Scope;
 use opsmantik::grpc::proto::ingest_service_client::IngestServiceClient;
@@ -58,6 +59,8 @@ impl Line {
             pipeline: pipeline.clone(),
             directory: Directory::new(store.clone()),
             gate: Gate::new(store.clone()),
+            calls: Calls::new(store.clone()),
+            caller_key: Some(super::calls::key()),
             store: store.clone(),
             stop: stop.clone(),
         };
