@@ -105,8 +105,8 @@ impl Server {
         let admin = admin_router(AdminState { store: store.clone() });
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
-        let internal =
-            GrpcState { pipeline: pipeline.clone(), directory, store: store.clone(), gate: Gate::new(store.clone()) };
+        let gate = Gate::new(store.clone()).with_users(&settings.users()?)?;
+        let internal = GrpcState { pipeline: pipeline.clone(), directory, store: store.clone(), gate };
         let health = Health::of(store.clone());
         let stop_grpc = close_doors.clone();
         let doors = vec![

@@ -32,6 +32,10 @@ pub const QSTASH_PUBLISHED_TOTAL: &str = "opsmantik_qstash_published_total";
 pub const QSTASH_FELL_BACK_TOTAL: &str = "opsmantik_qstash_fell_back_total";
 /// Leaves made by the keeper.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
+/// Bearer tokens that were looked at: `token`, `user`, `invalid`, `unavailable`.
+pub const ADMISSIONS_TOTAL: &str = "opsmantik_admissions_total";
+/// Fetches of the sign-in service's public keys: `fetched`, `failed`.
+pub const JWKS_FETCHES_TOTAL: &str = "opsmantik_jwks_fetches_total";
 
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {

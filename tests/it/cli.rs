@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 use uuid::Uuid;
 
 use crate::support::cluster::cluster;
-use crate::support::database::{connect, database, empty};
+use crate::support::database::{bearer, connect, database, empty};
 use crate::support::process::{Ended, Program, client, run};
 
 #[tokio::test]
@@ -278,15 +278,17 @@ async fn shell(line: &str) -> String {
 
 /// What the printed grpcurl line is answered, asked by a client of our own: grpcurl itself is not on every machine.
 async fn scored(line: &str) -> u32 {
-    let (flags, target) = line.split_once(" \\\n").expect("a line that goes on");
-    let body = flags.strip_prefix("grpcurl -plaintext -d '").and_then(|rest| rest.strip_suffix('\'')).expect("a body");
+    let (flags, rest) = line.split_once(" \\\n").expect("a line that goes on");
+    let token = flags.strip_prefix("grpcurl -plaintext -H 'authorization: Bearer ").and_then(|rest| rest.strip_suffix('\''));
+    let (body, target) = rest.trim().strip_prefix("-d '").and_then(|rest| rest.split_once('\'')).expect("a body");
     let body: Value = serde_json::from_str(body).expect("the body is JSON");
     let names = body["signals"].as_array().expect("signals").iter().filter_map(Value::as_str);
     let signals = names.map(|name| Signal::from_str_name(name).expect("a signal of the contract").into()).collect();
     let (address, method) = target.trim().split_once(' ').expect("an address and a method");
     assert_eq!(method, "opsmantik.v1.ScoringService/ScoreSignals");
     let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address is a URI");
-    let mut scoring = ScoringServiceClient::new(endpoint.connect().await.expect("it listens"));
+    let channel = endpoint.connect().await.expect("it listens");
+    let mut scoring = ScoringServiceClient::with_interceptor(channel, bearer(token.expect("a token")));
     let request = ScoreSignalsRequest { signals, ..ScoreSignalsRequest::default() };
     scoring.score_signals(request).await.expect("a good request").into_inner().score.expect("always set").value
 }
