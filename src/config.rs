@@ -305,10 +305,14 @@ mod tests {
         assert!(users(&long).is_ok_and(|users| users.secret.is_some()));
         let short = settings(&[&long[..long.len() - 1]]).check(Mode::Dev).map_err(|error| error.to_string());
         assert!(short.is_err_and(|error| error.starts_with("SUPABASE_JWT_SECRET is wrong") && !error.contains("ss")));
-        for good in ["https://x.supabase.co/auth/v1/jwks?a=1", "http://127.0.0.1:1/k", "http://[::1]/k", "http://localhost/"] {
+        for good in
+            ["https://x.supabase.co/auth/v1/jwks?a=1", "http://127.0.0.1:1/k", "http://[::1]/k", "http://localhost/"]
+        {
             assert!(users(&format!("--supabase-jwks-url={good}")).is_ok_and(|users| users.jwks.is_some()), "{good}");
         }
-        for bad in ["http://x.supabase.co/k", "http://127.0.0.1.x.example/", "ftp://localhost/", "x", "https://u:p@x.example/"] {
+        for bad in
+            ["http://x.supabase.co/k", "http://127.0.0.1.x.example/", "ftp://localhost/", "x", "https://u:p@x.example/"]
+        {
             let refused = users(&format!("--supabase-jwks-url={bad}")).map(drop).map_err(|error| error.to_string());
             assert!(refused.is_err_and(|error| error.starts_with("SUPABASE_JWKS_URL is wrong")), "{bad}");
         }

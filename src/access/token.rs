@@ -83,8 +83,15 @@ mod tests {
         assert!(good.parse::<ApiToken>().is_ok());
         // The last but one has bits that no 32 bytes have.
         let bad = [
-            "", "om_", &good[..45], &format!("{good}A"), &good.replace("om_", "OM_"), &good.replace("AAA", "A+A"),
-            &good.replace("AAA", "A=A"), &format!("om_{}B", "A".repeat(42)), &good.replace("AAA", "A\u{e4}"),
+            "",
+            "om_",
+            &good[..45],
+            &format!("{good}A"),
+            &good.replace("om_", "OM_"),
+            &good.replace("AAA", "A+A"),
+            &good.replace("AAA", "A=A"),
+            &format!("om_{}B", "A".repeat(42)),
+            &good.replace("AAA", "A\u{e4}"),
         ];
         for text in bad {
             assert_eq!(text.parse::<ApiToken>(), Err(Malformed), "{text}");

@@ -145,7 +145,9 @@ impl Token {
             },
             Self::Rotate { database, id, grace, json } => {
                 let grace = grace.map(|text| {
-                    time(&text).with_context(|| format!("--grace `{text}` is no time such as 30m, 1h or 2d, of at most 100 years"))
+                    time(&text).with_context(|| {
+                        format!("--grace `{text}` is no time such as 30m, 1h or 2d, of at most 100 years")
+                    })
                 });
                 let grace = grace.transpose()?.unwrap_or_default();
                 let token = ApiToken::generate()?;
@@ -200,7 +202,8 @@ fn time(text: &str) -> Option<Duration> {
 
 /// The moment that `--expires` names.
 fn end(text: &str, now: DateTime<Utc>) -> anyhow::Result<DateTime<Utc>> {
-    let wrong = || format!("--expires `{text}` is neither a time such as 90d or 12h nor a moment such as 2027-01-31T00:00:00Z");
+    let wrong =
+        || format!("--expires `{text}` is neither a time such as 90d or 12h nor a moment such as 2027-01-31T00:00:00Z");
     let at = match time(text).and_then(|time| TimeDelta::from_std(time).ok()) {
         Some(time) => now.checked_add_signed(time).with_context(wrong)?,
         None => DateTime::parse_from_rfc3339(text.trim()).with_context(wrong)?.to_utc(),
@@ -252,7 +255,8 @@ mod tests {
         for (text, seconds) in [("90d", 7_776_000), ("12h", 43_200), (" 30m ", 1800), ("2w", 1_209_600), ("1s", 1)] {
             assert_eq!(time(text), Some(Duration::from_secs(seconds)), "{text}");
         }
-        for bad in ["", "d", "0d", "-1d", "+1d", "1.5h", "1", "1y", "d1", "\u{fc}", "99999999999999999999d", "4000000w"] {
+        for bad in ["", "d", "0d", "-1d", "+1d", "1.5h", "1", "1y", "d1", "\u{fc}", "99999999999999999999d", "4000000w"]
+        {
             assert_eq!(time(bad), None, "{bad}");
         }
         let now = DateTime::from_timestamp(1_790_000_000, 0).unwrap_or_default();

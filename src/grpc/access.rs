@@ -235,3 +235,50 @@ pub(super) fn reader(caller: &Caller, site: SiteId) -> Reader {
         Caller::User { id } => Reader::User(*id),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::directory::Directory;
+    use crate::domain::id::TokenId;
+    use crate::keeper::Nudge;
+    use crate::pipeline::{Pipeline, PipelineConfig};
+    use crate::store::Store;
+    use uuid::Uuid;
+
+    #[tokio::test]
+    async fn a_site_outside_the_token_is_refused_without_asking_anybody() {
+        // A database that is not there: whoever asked it could only say UNAVAILABLE.
+        let store = Store::new("postgres://nobody@127.0.0.1:1/none", 1).await.expect("a URL");
+        let state = GrpcState {
+            pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
+            directory: Directory::new(store.clone()),
+            gate: Gate::new(store.clone()),
+            store,
+        };
+        let mine = SiteId::from_uuid(Uuid::from_u128(1));
+        let reach = Reach::Site { id: mine, public_id: "mine".to_owned() };
+        let caller = Caller::Token { id: TokenId::from_uuid(Uuid::nil()), scopes: Scope::ALL.to_vec(), reach };
+        let theirs = Uuid::from_u128(2).to_string();
+        for name in [theirs.as_str(), "theirs", "MINE", "mine\0", "\u{f6}", &"x".repeat(10_000)] {
+            let status = site(&state, &caller, "site", name).await.expect_err("not theirs");
+            assert_eq!(
+                (status.code(), status.message()),
+                (Code::PermissionDenied, not_yours().message()),
+                "{name:.20}"
+            );
+            assert!(status.details().is_empty());
+        }
+        for name in ["mine", " mine ", &mine.to_string(), &mine.as_uuid().simple().to_string()] {
+            let status = site(&state, &caller, "site", name).await.expect_err("no database");
+            assert_eq!(status.code(), Code::Unavailable, "{name}");
+        }
+        assert_eq!(site(&state, &caller, "site", " ").await.expect_err("no name").code(), Code::InvalidArgument);
+        let person = Caller::User { id: crate::domain::id::UserId::from_uuid(Uuid::nil()) };
+        let long = site(&state, &person, "site", &"x".repeat(MAX_SITE_TEXT + 1)).await.expect_err("no such site");
+        assert_eq!(long.code(), Code::PermissionDenied);
+        let other = SiteId::from_uuid(Uuid::from_u128(2));
+        assert_eq!(reader(&caller, other), Reader::Site(mine), "whatever a handler asks for");
+        assert_eq!(reader(&person, other), Reader::User(crate::domain::id::UserId::from_uuid(Uuid::nil())));
+    }
+}

@@ -186,7 +186,9 @@ async fn nobody_is_answered_without_a_token_but_health() {
     let anonymous = ScoringServiceClient::new(door.channel.clone()).score_signals(ScoreSignalsRequest::default()).await;
     assert_eq!(anonymous.expect_err("no token").code(), Code::Unauthenticated);
     let unknown = ScoringServiceClient::with_interceptor(door.channel.clone(), |mut request: Request<()>| {
-        request.metadata_mut().insert("authorization", format!("Bearer om_{}", "A".repeat(43)).parse().expect("visible"));
+        request
+            .metadata_mut()
+            .insert("authorization", format!("Bearer om_{}", "A".repeat(43)).parse().expect("visible"));
         Ok(request)
     });
     let mut unknown = unknown;

@@ -279,7 +279,8 @@ async fn shell(line: &str) -> String {
 /// What the printed grpcurl line is answered, asked by a client of our own: grpcurl itself is not on every machine.
 async fn scored(line: &str) -> u32 {
     let (flags, rest) = line.split_once(" \\\n").expect("a line that goes on");
-    let token = flags.strip_prefix("grpcurl -plaintext -H 'authorization: Bearer ").and_then(|rest| rest.strip_suffix('\''));
+    let token =
+        flags.strip_prefix("grpcurl -plaintext -H 'authorization: Bearer ").and_then(|rest| rest.strip_suffix('\''));
     let (body, target) = rest.trim().strip_prefix("-d '").and_then(|rest| rest.split_once('\'')).expect("a body");
     let body: Value = serde_json::from_str(body).expect("the body is JSON");
     let names = body["signals"].as_array().expect("signals").iter().filter_map(Value::as_str);
