@@ -78,9 +78,9 @@ async fn fill(database: &Database, site: SiteId, mark: &str) {
             let day = chrono::NaiveDate::from_ymd_opt(year, month, 1).expect("a day");
             let session = "INSERT INTO sessions (site_id, created_month, id, created_at, last_seen_at, event_count, entry_page, \
                 attribution, traffic_source, traffic_medium, lead_score, fingerprint, gclid) \
-                VALUES ($1, $2, $3, $2, $2, 1, $4, 'Direct-to-Ads', 'Direct', 'direct', 0, 'Direct-to-Ads', $4)";
+                VALUES ($1, $2::date, $3, $2::date, $2::date, 1, $4, 'Direct-to-Ads', 'Direct', 'direct', 0, 'Direct-to-Ads', $4)";
             let event = "INSERT INTO events (site_id, session_month, id, session_id, created_at, occurred_at, url, event_category, \
-                event_action, event_label, lead_score) VALUES ($1, $2, $3, $3, $2, $2, $4, 'conversion', 'phone_call', 'Direct-to-Ads', 0)";
+                event_action, event_label, lead_score) VALUES ($1, $2::date, $3, $3, $2::date, $2::date, $4, 'conversion', 'phone_call', 'Direct-to-Ads', 0)";
             for statement in [session, event] {
                 let params: [&(dyn ToSql + Sync); 4] = [&id, &day, &id, &mark];
                 database.admin.execute(statement, &params).await.unwrap_or_else(|error| panic!("{day}: {error:?}"));
