@@ -16,25 +16,22 @@ const OWNER: UserId = UserId::from_uuid(Uuid::from_u128(0xA));
 const VIEWER: UserId = UserId::from_uuid(Uuid::from_u128(0xB));
 const NEIGHBOUR: UserId = UserId::from_uuid(Uuid::from_u128(0xC));
 
-/// The statement without its look at the site: `site_id = $1`, `s.site_id = $1`, `site_id = ANY ($1)` become `true`.
+/// The statement without its look at the site: `site_id = $1`, `s.site_id = $1`, `site_id = ANY ($1)` become `site_id IS NOT NULL`, which it always is.
 fn without_site(sql: &str) -> String {
     let mut text = sql.to_owned();
     for column in ["site_id", "public_id", "id"] {
-        for (front, back) in [(format!("{column} = $"), ""), (format!("{column} = ANY ($"), ")")] {
+        for (operator, close) in [(" = $", ""), (" = ANY ($", ")")] {
+            let front = format!("{column}{operator}");
             let mut from = 0;
             while let Some(at) = text[from..].find(&front).map(|at| at + from) {
-                let word = |byte: u8| byte.is_ascii_alphanumeric() || b"_.".contains(&byte);
-                let start = text[..at].bytes().rev().take_while(|byte| word(*byte)).count();
+                from = at + column.len();
+                let part_of_another_name =
+                    text[..at].ends_with(|before: char| before.is_ascii_alphanumeric() || before == '_');
                 let digits = text[at + front.len()..].bytes().take_while(u8::is_ascii_digit).count();
-                let mut end = at + front.len() + digits;
-                let whole_column = start == 0 || text[..at].ends_with('.');
-                if !whole_column || !text[end..].starts_with(back) {
-                    from = end;
-                    continue;
+                let end = at + front.len() + digits;
+                if !part_of_another_name && text[end..].starts_with(close) {
+                    text.replace_range(from..end + close.len(), " IS NOT NULL");
                 }
-                end += back.len();
-                text.replace_range(at - start..end, "true");
-                from = at - start;
             }
         }
     }
@@ -196,6 +193,7 @@ async fn shown_without(
 #[test]
 fn the_predicates_are_taken_out_whole() {
     let text = "SELECT 1 FROM a s WHERE s.site_id = $1 AND site_id = ANY ($12) AND session_id = $2 AND (public_id = $1 OR id = $3)";
-    let expected = "SELECT 1 FROM a s WHERE true AND true AND session_id = $2 AND (true OR true)";
+    let expected = "SELECT 1 FROM a s WHERE s.site_id IS NOT NULL AND site_id IS NOT NULL AND session_id = $2 \
+        AND (public_id IS NOT NULL OR id IS NOT NULL)";
     assert_eq!(without_site(text), expected);
 }
