@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -337,11 +338,18 @@ async fn dev_raises_everything_and_what_it_prints_works_and_its_data_stays() {
     let expected = format!("{}|curl|Direct-to-Ads\n", dev.site);
     assert_eq!(shell(&ask(&dev, landing)).await, expected);
 
+    let token_file = data_dir.0.join("token");
+    let token = std::fs::read_to_string(&token_file).expect("the token is kept").trim().to_owned();
+    let mode = std::fs::metadata(&token_file).expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "and nobody else's to read");
+    assert!(dev.grpcurl.contains(&token));
+
     assert!(postgres_of(&data_dir).is_some());
     dev.program.stop(Duration::from_secs(15)).await;
     assert_eq!(postgres_of(&data_dir), None, "it took its database with it");
     let mut again = Dev::start(&data_dir.0, &[]).await;
     assert_eq!(again.site, dev.site);
+    assert!(again.grpcurl.contains(&token), "a token that is good is used again");
     assert_eq!(shell(&ask(&again, landing)).await, expected, "the data stayed");
     // The page's origins are new ones, and allowed.
     assert!(shell(&again.curl).await.contains("200 OK"));
