@@ -8,6 +8,8 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use url::Url;
 
+use crate::access::UserTokens;
+use crate::access::jwks::JwksConfig;
 use crate::calls::caller_key::CallerKey;
 use crate::grpc::{Protection, TlsFiles};
 use crate::http::signature::{self, Verifier};
@@ -16,6 +18,9 @@ use crate::secret::Secret;
 
 /// Where QStash lives if nobody says otherwise.
 const QSTASH_PUBLIC: &str = "https://qstash.upstash.io";
+
+/// Bytes of the shortest HS256 secret that is no weaker than the hash.
+const SHORTEST_JWT_SECRET: usize = 32;
 
 /// The path of the worker below `PUBLIC_URL`.
 pub const WORKER_PATH: &str = "/api/sync/worker";
@@ -107,6 +112,18 @@ pub struct Settings {
     /// Key with which QStash signs after the next rotation
     #[arg(long, env = "QSTASH_NEXT_SIGNING_KEY", hide_env_values = true, value_name = "QSTASH_NEXT_SIGNING_KEY")]
     pub qstash_next_signing_key: Option<Secret>,
+
+    /// Secret of Supabase's HS256 JWTs, as text, at least 32 bytes. Signed-in people may then read by gRPC
+    #[arg(long, env = "SUPABASE_JWT_SECRET", hide_env_values = true, value_name = "SUPABASE_JWT_SECRET")]
+    pub supabase_jwt_secret: Option<Secret>,
+
+    /// Public keys of Supabase's ES256 and RS256 JWTs, `https://PROJECT.supabase.co/auth/v1/.well-known/jwks.json`
+    #[arg(long, env = "SUPABASE_JWKS_URL", value_name = "SUPABASE_JWKS_URL")]
+    pub supabase_jwks_url: Option<String>,
+
+    /// What `iss` of these JWTs must be, `https://PROJECT.supabase.co/auth/v1`; not checked if not given
+    #[arg(long, env = "SUPABASE_JWT_ISSUER", value_name = "SUPABASE_JWT_ISSUER")]
+    pub supabase_jwt_issuer: Option<String>,
 }
 
 /// Who owns an event between the edge and the tables.
@@ -181,7 +198,20 @@ impl Settings {
         self.grpc_protection(mode)?;
         self.verifier(mode)?;
         self.caller_key()?;
+        self.users()?;
         self.qstash(mode).map(drop)
+    }
+
+    /// Whose JWTs are taken.
+    pub fn users(&self) -> Result<UserTokens, ConfigError> {
+        let secret = self.supabase_jwt_secret.clone().filter(|secret| !secret.reveal().is_empty());
+        if secret.as_ref().is_some_and(|secret| secret.reveal().len() < SHORTEST_JWT_SECRET) {
+            let why = "it has fewer than 32 bytes, so somebody could find it by trying and sign in as anybody";
+            return Err(ConfigError::Invalid("SUPABASE_JWT_SECRET", why));
+        }
+        let jwks = set(self.supabase_jwks_url.as_deref()).map(jwks_url).transpose()?.map(JwksConfig::new);
+        let issuer = set(self.supabase_jwt_issuer.as_deref()).map(str::to_owned);
+        Ok(UserTokens { secret, jwks, issuer })
     }
 
     /// What protects the gRPC listener. `dev` is for one machine, so nothing has to and nothing does.
@@ -271,6 +301,25 @@ impl Settings {
     }
 }
 
+/// Where keys are fetched from: whoever can answer in its place can sign in as anybody.
+fn jwks_url(text: &str) -> Result<Url, ConfigError> {
+    const NAME: &str = "SUPABASE_JWKS_URL";
+    let url = Url::parse(text).map_err(|_| ConfigError::Invalid(NAME, "it is no URL; it begins with https://"))?;
+    let here = match url.host() {
+        Some(url::Host::Ipv4(address)) => address.is_loopback(),
+        Some(url::Host::Ipv6(address)) => address.is_loopback(),
+        Some(url::Host::Domain(name)) => name == "localhost",
+        None => false,
+    };
+    if url.scheme() != "https" && !(url.scheme() == "http" && here) {
+        return Err(ConfigError::Invalid(NAME, "it is neither https nor an http address of this machine"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(ConfigError::Invalid(NAME, "it has a user name or password"));
+    }
+    Ok(url)
+}
+
 /// An http(s) address without the slash at its end.
 fn base_url(name: &'static str, text: &str) -> Result<String, ConfigError> {
     let url = Url::parse(text).map_err(|_| ConfigError::Invalid(name, "it is no URL; it begins with https://"))?;
@@ -349,6 +398,27 @@ mod tests {
             let settings = settings(&["--database-url=x", "--public-url=https://c.example", &key]);
             assert!(matches!(settings.check(Mode::Serve), Err(ConfigError::DevelopmentKey(_))), "{flag}");
             assert_eq!(settings.check(Mode::Dev), Ok(()));
+        }
+    }
+
+    #[test]
+    fn people_are_let_in_only_by_a_long_secret_or_keys_that_nobody_can_swap() {
+        let long = format!("--supabase-jwt-secret={}", "s".repeat(32));
+        let users = |flag: &str| settings(&[flag]).users();
+        assert!(users("--supabase-jwt-secret=").is_ok_and(|users| users.secret.is_none() && users.jwks.is_none()));
+        assert!(users(&long).is_ok_and(|users| users.secret.is_some()));
+        let short = settings(&[&long[..long.len() - 1]]).check(Mode::Dev).map_err(|error| error.to_string());
+        assert!(short.is_err_and(|error| error.starts_with("SUPABASE_JWT_SECRET is wrong") && !error.contains("ss")));
+        for good in
+            ["https://x.supabase.co/auth/v1/jwks?a=1", "http://127.0.0.1:1/k", "http://[::1]/k", "http://localhost/"]
+        {
+            assert!(users(&format!("--supabase-jwks-url={good}")).is_ok_and(|users| users.jwks.is_some()), "{good}");
+        }
+        for bad in
+            ["http://x.supabase.co/k", "http://127.0.0.1.x.example/", "ftp://localhost/", "x", "https://u:p@x.example/"]
+        {
+            let refused = users(&format!("--supabase-jwks-url={bad}")).map(drop).map_err(|error| error.to_string());
+            assert!(refused.is_err_and(|error| error.starts_with("SUPABASE_JWKS_URL is wrong")), "{bad}");
         }
     }
 

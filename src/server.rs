@@ -110,13 +110,14 @@ impl Server {
         let admin = admin_router(AdminState { store: store.clone() });
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
+        let gate = Gate::new(store.clone()).with_users(&settings.users()?)?;
         let internal = GrpcState {
             pipeline: pipeline.clone(),
             directory,
             store: store.clone(),
             calls: Calls::new(store.clone()),
             caller_key: settings.caller_key()?,
-            gate: Gate::new(store.clone()),
+            gate,
             stop: close_doors.clone(),
         };
         let health = Health::of(store.clone());

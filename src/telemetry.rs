@@ -44,6 +44,10 @@ pub const GRPC_CERTIFICATE_NOT_AFTER: &str = "opsmantik_grpc_certificate_not_aft
 pub const GRPC_CERTIFICATE_RELOADS_TOTAL: &str = "opsmantik_grpc_certificate_reloads_total";
 /// Leaves made by the keeper, and by writers for imported history.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
+/// Bearer tokens that were looked at: `token`, `user`, `invalid`, `unavailable`.
+pub const ADMISSIONS_TOTAL: &str = "opsmantik_admissions_total";
+/// Fetches of the sign-in service's public keys: `fetched`, `failed`.
+pub const JWKS_FETCHES_TOTAL: &str = "opsmantik_jwks_fetches_total";
 
 /// Calls that were matched again because something late came in.
 pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";

@@ -12,6 +12,7 @@ use crate::store::Store;
 mod dead_letters;
 mod partitions;
 mod site;
+mod token;
 
 /// Tells which ad click, visit and page made the phone ring.
 #[derive(Debug, Parser)]
@@ -32,6 +33,9 @@ enum Command {
     /// Add and list the sites whose events are taken
     #[command(subcommand)]
     Site(site::Site),
+    /// Issue, list, revoke and rotate the API tokens that let machines in by gRPC
+    #[command(subcommand)]
+    Token(token::Token),
     /// List and make the monthly partitions
     #[command(subcommand)]
     Partitions(partitions::Partitions),
@@ -80,6 +84,7 @@ pub async fn run() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Site(site) => site.run().await,
+        Command::Token(token) => token.run().await,
         Command::Partitions(partitions) => partitions.run().await,
         Command::DeadLetters(letters) => letters.run().await,
     }

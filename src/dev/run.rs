@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use tokio::net::TcpListener;
@@ -12,7 +13,9 @@ use super::cluster::{Cluster, ClusterOptions};
 use super::demo::Demo;
 use super::postgres::Postgres;
 use super::progress::Progress;
+use crate::access::ApiToken;
 use crate::config::{Mode, Settings};
+use crate::domain::access::{Caller, Reach, Scope};
 use crate::domain::site::Site;
 use crate::grpc::Protection;
 use crate::http::serve::{Limits, serve};
@@ -66,13 +69,14 @@ impl Dev {
         let demo_listener = bind("DEMO_ADDR", self.demo_addr).await?;
         let (http_addr, demo_addr) = (listeners.http.local_addr()?, demo_listener.local_addr()?);
         let site = demo_site(&store, &[http_addr, demo_addr]).await?;
+        let token = demo_token(&store, &site, &self.data_dir.join("token")).await?;
         let api_base = format!("http://{http_addr}");
         let demo = Demo { store, site_id: site.id, public_id: site.public_id.clone(), api_base };
 
         let server = Server::start(&self.settings, Mode::Dev, &url, listeners, demo.clone().router("/demo")).await?;
         let stop_demo = CancellationToken::new();
         let demo_page = tokio::spawn(serve(demo_listener, demo.router(""), Limits::default(), stop_demo.clone()));
-        print_what_to_do(&server, demo_addr, &site, &cluster.psql_line(DATABASE));
+        print_what_to_do(&server, demo_addr, &site, &token, &cluster.psql_line(DATABASE));
 
         asked_to_stop(hang_ups()?, || ControlFlow::Break(())).await?;
         stop_demo.cancel();
@@ -120,7 +124,36 @@ async fn demo_site(store: &Store, pages: &[SocketAddr]) -> anyhow::Result<Site> 
     store.set_site_origins(site.id, &origins).await?.context("the demo site is gone")
 }
 
-fn print_what_to_do(server: &Server, demo: SocketAddr, site: &Site, psql: &str) {
+/// The token that the last run left in this file while it opens the demo site by every scope, or a new one.
+async fn demo_token(store: &Store, site: &Site, file: &Path) -> anyhow::Result<ApiToken> {
+    if let Some(token) = std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse::<ApiToken>().ok())
+        && let Some(found) = store.find_token(&token.hash()).await?
+        && let Caller::Token { scopes, reach: Reach::Site { id, .. }, .. } = &*found.caller
+        && *id == site.id
+        && Scope::ALL.iter().all(|scope| scopes.contains(scope))
+    {
+        return Ok(token);
+    }
+    let token = ApiToken::generate()?;
+    store.issue_token(&token.hash(), "dev", &Scope::ALL, Some(site.id), None).await?;
+    keep(file, token.reveal()).with_context(|| format!("cannot keep the token in {}", file.display()))?;
+    Ok(token)
+}
+
+/// Writes a file that is nobody else's to read, whole or not at all.
+fn keep(file: &Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    let part = file.with_extension("part");
+    match std::fs::remove_file(&part) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut new = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
+    writeln!(new, "{text}")?;
+    std::fs::rename(part, file)
+}
+
+fn print_what_to_do(server: &Server, demo: SocketAddr, site: &Site, token: &ApiToken, psql: &str) {
     let (http, grpc, admin) = (server.http_addr, server.grpc_addr, server.admin_addr);
     println!(
         r#"
@@ -135,8 +168,10 @@ OpsMantik is running. Ctrl-C stops it; the data stays.
   HTTP        curl -i http://{http}/api/sync -H 'Origin: http://{demo}' -H 'Content-Type: application/json' \
                 -d '{{"s":"{public_id}","u":"http://{demo}/?gclid=curl","sid":"from-curl","ec":"conversion","ea":"phone_call","el":"tel:+12025550123"}}'
 
-  gRPC        grpcurl -plaintext -d '{{"signals":["SIGNAL_PRIMARY_CONVERSION","SIGNAL_SCROLL_90"]}}' \
-                {grpc} opsmantik.v1.ScoringService/ScoreSignals
+  Token       {token}   (every scope, the demo site)
+
+  gRPC        grpcurl -plaintext -H 'authorization: Bearer {token}' \
+                -d '{{"signals":["SIGNAL_PRIMARY_CONVERSION","SIGNAL_SCROLL_90"]}}' {grpc} opsmantik.v1.ScoringService/ScoreSignals
 
   SQL         {psql}
 
@@ -144,5 +179,6 @@ OpsMantik is running. Ctrl-C stops it; the data stays.
 "#,
         site_id = site.id,
         public_id = site.public_id,
+        token = token.reveal(),
     );
 }

@@ -2,21 +2,23 @@
 //!
 //! [`AccessLayer`] proves the caller before anything of the request is read, and leaves them in its extensions. A handler asks
 //! [`site`] for the site that the request names: whoever may not see it hears the same whether it exists or not. [`reader`] says under
-//! whose policies the database is read.
+//! whose policies the database is read. A stream outlives the moment of its admission, so it asks [`Admission::renew`] every two seconds.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use http::header::AUTHORIZATION;
 use tonic::body::Body;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
+use tonic_types::{ErrorDetails, StatusExt};
 use tower::{Layer, Service};
 
 use super::proto::RejectionReason;
 use super::{GrpcState, proto, status};
-use crate::access::{Denied, Gate};
+use crate::access::{Admission, Denied, Gate};
 use crate::domain::access::{Caller, Reach, Scope};
 use crate::domain::id::SiteId;
 use crate::domain::outcome::Unavailable;
@@ -39,6 +41,13 @@ const RPCS: [(&str, Scope, bool); 13] = [
     ("/opsmantik.v1.CallsService/ReviewCall", Scope::CallsWrite, true),
     ("/opsmantik.v1.CallsService/WatchCalls", Scope::CallsRead, true),
 ];
+
+/// Where the RPCs of the contract are.
+const CONTRACT: &str = "/opsmantik.";
+/// Longest text that can name a site, bytes.
+const MAX_SITE_TEXT: usize = 128;
+/// After this a caller whom the sign-in service's keys could not prove may try again.
+const PROVIDER_DELAY: Duration = Duration::from_secs(5);
 
 /// What is open to everybody: health, which a load balancer asks without a token.
 const OPEN: &str = "/grpc.health.v1.Health/";
@@ -95,8 +104,9 @@ where
             let admitted = admit(&gate, &parts).await;
             let mut request = http::Request::from_parts(parts, body);
             match admitted {
-                Ok(caller) => {
-                    request.extensions_mut().insert(caller);
+                Ok(admission) => {
+                    request.extensions_mut().insert(admission.caller().clone());
+                    request.extensions_mut().insert(admission);
                     inner.call(request).await
                 }
                 Err(refusal) => Ok(refusal.into_http()),
@@ -105,30 +115,56 @@ where
     }
 }
 
-/// The caller, if they have the scope of what they call.
-async fn admit(gate: &Gate, request: &http::request::Parts) -> Result<Arc<Caller>, Status> {
-    let header = request.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let bearer = header
-        .and_then(|header| header.split_at_checked(7))
-        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer "))
-        .map(|(_, token)| token.trim())
-        .ok_or_else(|| Status::unauthenticated("`authorization: Bearer TOKEN` is required in the metadata"))?;
-    let caller = gate.admit(bearer).await.map_err(|denied| match denied {
-        Denied::Invalid => Status::unauthenticated("the bearer token is not valid"),
-        Denied::Unavailable(error) => {
-            tracing::warn!(%error, "cannot check a token");
-            status::unavailable(Unavailable::Database)
-        }
-    })?;
+/// Lets the caller in, if they have the scope of what they call.
+async fn admit(gate: &Gate, request: &http::request::Parts) -> Result<Admission, Status> {
+    let mut headers = request.headers.get_all(AUTHORIZATION).iter();
+    let bearer = match (headers.next(), headers.next()) {
+        // Two proofs are none: one of them is not the caller's.
+        (Some(only), None) => bearer(only),
+        (None, _) | (Some(_), Some(_)) => None,
+    };
+    let bearer = bearer.ok_or_else(nobody)?;
+    let admission = gate.admit(bearer).await.map_err(denied)?;
     let path = request.uri.path();
-    let Some((_, scope, people_too)) = RPCS.iter().find(|(rpc, ..)| *rpc == path) else { return Ok(caller) };
-    if matches!(*caller, Caller::User { .. }) && !people_too {
+    let Some((_, scope, people_too)) = RPCS.iter().find(|(rpc, ..)| *rpc == path) else {
+        // What is not in the table is reflection, or nothing that this version has.
+        let unknown = path.starts_with(CONTRACT);
+        return if unknown { Err(Status::unimplemented("there is no such RPC")) } else { Ok(admission) };
+    };
+    let caller = admission.caller();
+    if matches!(**caller, Caller::User { .. }) && !people_too {
         return Err(Status::permission_denied("this RPC is for API tokens, not for people who signed in"));
     }
     if caller.has(*scope) {
-        Ok(caller)
+        Ok(admission)
     } else {
         Err(Status::permission_denied(format!("the token has no scope `{scope}`")))
+    }
+}
+
+fn bearer(header: &http::HeaderValue) -> Option<&str> {
+    let (scheme, token) = header.to_str().ok()?.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case("bearer ").then(|| token.trim())
+}
+
+fn nobody() -> Status {
+    Status::unauthenticated("`authorization: Bearer TOKEN` is required in the metadata")
+}
+
+/// What somebody hears who is not let in, or no longer.
+pub(super) fn denied(denied: Denied) -> Status {
+    match denied {
+        Denied::Invalid => Status::unauthenticated("the bearer token is not valid"),
+        Denied::Busy => status::unavailable(Unavailable::Busy),
+        Denied::Database(error) => {
+            tracing::warn!(%error, "cannot check a token");
+            status::unavailable(Unavailable::Database)
+        }
+        Denied::Provider => Status::with_error_details(
+            Code::Unavailable,
+            "the keys of the sign-in service cannot be fetched; send the request again",
+            ErrorDetails::with_retry_info(Some(PROVIDER_DELAY)),
+        ),
     }
 }
 
@@ -136,7 +172,12 @@ async fn admit(gate: &Gate, request: &http::request::Parts) -> Result<Arc<Caller
 pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, Status> {
     let caller = request.extensions().get::<Arc<Caller>>().cloned();
     // The layer lets nobody pass without one.
-    caller.ok_or_else(|| Status::unauthenticated("`authorization: Bearer TOKEN` is required in the metadata"))
+    caller.ok_or_else(nobody)
+}
+
+/// Who calls and by what proof, for a stream that has to ask again.
+pub(super) fn admission<T>(request: &Request<T>) -> Result<Admission, Status> {
+    request.extensions().get::<Admission>().cloned().ok_or_else(nobody)
 }
 
 /// A site that is not the caller's: said alike whether it exists or not.
@@ -158,7 +199,10 @@ pub(super) async fn find_site(state: &GrpcState, caller: &Caller, text: &str) ->
             site.map(Some).ok_or_else(not_yours)
         }
         Caller::User { id } => {
-            let found = state.store.find_site_as(Reader::User(*id), &text.replace('\0', ""), text.parse().ok()).await;
+            if text.len() > MAX_SITE_TEXT || text.contains('\0') {
+                return Err(not_yours());
+            }
+            let found = state.store.find_site_as(Reader::User(*id), text, text.parse().ok()).await;
             let site = found.map_err(|error| {
                 tracing::warn!(%error, "cannot look up a site");
                 status::unavailable(Unavailable::Database)
@@ -189,5 +233,55 @@ pub(super) fn reader(caller: &Caller, site: SiteId) -> Reader {
         Caller::Token { reach: Reach::Site { id, .. }, .. } => Reader::Site(*id),
         Caller::Token { reach: Reach::AllSites, .. } => Reader::Site(site),
         Caller::User { id } => Reader::User(*id),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::directory::Directory;
+    use crate::domain::id::TokenId;
+    use crate::keeper::Nudge;
+    use crate::pipeline::{Pipeline, PipelineConfig};
+    use crate::store::Store;
+    use uuid::Uuid;
+
+    #[tokio::test]
+    async fn a_site_outside_the_token_is_refused_without_asking_anybody() {
+        // A database that is not there: whoever asked it could only say UNAVAILABLE.
+        let store = Store::new("postgres://nobody@127.0.0.1:1/none", 1).await.expect("a URL");
+        let state = GrpcState {
+            pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
+            directory: Directory::new(store.clone()),
+            gate: Gate::new(store.clone()),
+            calls: crate::calls::Calls::new(store.clone()),
+            caller_key: None,
+            store,
+            stop: tokio_util::sync::CancellationToken::new(),
+        };
+        let mine = SiteId::from_uuid(Uuid::from_u128(1));
+        let reach = Reach::Site { id: mine, public_id: "mine".to_owned() };
+        let caller = Caller::Token { id: TokenId::from_uuid(Uuid::nil()), scopes: Scope::ALL.to_vec(), reach };
+        let theirs = Uuid::from_u128(2).to_string();
+        for name in [theirs.as_str(), "theirs", "MINE", "mine\0", "\u{f6}", &"x".repeat(10_000)] {
+            let status = site(&state, &caller, "site", name).await.expect_err("not theirs");
+            assert_eq!(
+                (status.code(), status.message()),
+                (Code::PermissionDenied, not_yours().message()),
+                "{name:.20}"
+            );
+            assert!(status.details().is_empty());
+        }
+        for name in ["mine", " mine ", &mine.to_string(), &mine.as_uuid().simple().to_string()] {
+            let status = site(&state, &caller, "site", name).await.expect_err("no database");
+            assert_eq!(status.code(), Code::Unavailable, "{name}");
+        }
+        assert_eq!(site(&state, &caller, "site", " ").await.expect_err("no name").code(), Code::InvalidArgument);
+        let person = Caller::User { id: crate::domain::id::UserId::from_uuid(Uuid::nil()) };
+        let long = site(&state, &person, "site", &"x".repeat(MAX_SITE_TEXT + 1)).await.expect_err("no such site");
+        assert_eq!(long.code(), Code::PermissionDenied);
+        let other = SiteId::from_uuid(Uuid::from_u128(2));
+        assert_eq!(reader(&caller, other), Reader::Site(mine), "whatever a handler asks for");
+        assert_eq!(reader(&person, other), Reader::User(crate::domain::id::UserId::from_uuid(Uuid::nil())));
     }
 }

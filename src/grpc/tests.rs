@@ -191,12 +191,27 @@ async fn nobody_is_answered_without_a_token_but_health() {
     let anonymous = ScoringServiceClient::new(door.channel.clone()).score_signals(ScoreSignalsRequest::default()).await;
     assert_eq!(anonymous.expect_err("no token").code(), Code::Unauthenticated);
     let unknown = ScoringServiceClient::with_interceptor(door.channel.clone(), |mut request: Request<()>| {
-        request.metadata_mut().insert("authorization", "Bearer om_unknown".parse().expect("visible"));
+        request
+            .metadata_mut()
+            .insert("authorization", format!("Bearer om_{}", "A".repeat(43)).parse().expect("visible"));
         Ok(request)
     });
     let mut unknown = unknown;
     let status = unknown.score_signals(ScoreSignalsRequest::default()).await.expect_err("who knows");
     assert_eq!(status.code(), Code::Unavailable, "without a database nobody can tell");
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_its_callers_deadline() {
+    let door = door().await;
+    let mut request = Request::new(tokio_stream::pending());
+    request.set_timeout(Duration::from_millis(300));
+    let mut ingest = IngestServiceClient::with_interceptor(door.channel.clone(), with_token);
+    let began = std::time::Instant::now();
+    let mut stream = ingest.stream_ingest(request).await.expect("a stream").into_inner();
+    let end = tokio::time::timeout(Duration::from_secs(10), stream.message()).await.expect("it ends");
+    assert_eq!(end.expect_err("the deadline has passed").code(), Code::DeadlineExceeded);
+    assert!(began.elapsed() >= Duration::from_millis(300));
 }
 
 #[tokio::test]

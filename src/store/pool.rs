@@ -11,10 +11,14 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::StoreError;
 
+/// A statement that nobody waits for any more is cancelled within this time, or left to its own bound.
+const CANCEL_LIMIT: Duration = Duration::from_secs(3);
+
 /// A connection and whether a transaction is open on it.
 pub struct Connection {
     client: Client,
     in_transaction: AtomicBool,
+    tls: Option<MakeRustlsConnect>,
 }
 
 impl Connection {
@@ -24,6 +28,27 @@ impl Connection {
 
     pub(super) fn set_in_transaction(&self, open: bool) {
         self.in_transaction.store(open, Ordering::Relaxed);
+    }
+
+    /// Has the server stop the statement that runs here, in the background. For a connection that is given up: on one that went on, the
+    /// request could come late and meet another statement.
+    pub(super) fn cancel_running(&self) {
+        // Without a runtime the process is about to end, and its connections with it.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (token, tls) = (self.client.cancel_token(), self.tls.clone());
+        runtime.spawn(async move {
+            let cancel = async {
+                match tls {
+                    None => token.cancel_query(NoTls).await,
+                    Some(tls) => token.cancel_query(tls).await,
+                }
+            };
+            match tokio::time::timeout(CANCEL_LIMIT, cancel).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "cannot cancel a statement that nobody waits for"),
+                Err(_) => tracing::debug!("no answer to the cancelling of a statement that nobody waits for"),
+            }
+        });
     }
 }
 
@@ -99,7 +124,7 @@ impl bb8::ManageConnection for Manager {
         if opened.is_err() {
             self.refused.notify_waiters();
         }
-        Ok(Connection { client: opened?, in_transaction: AtomicBool::new(false) })
+        Ok(Connection { client: opened?, in_transaction: AtomicBool::new(false), tls: self.tls.clone() })
     }
 
     async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {

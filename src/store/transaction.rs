@@ -2,9 +2,11 @@
 //!
 //! Whatever role logs in, a transaction first takes the role of its [`Purpose`], which owns nothing and bypasses nothing. Roles and bounds
 //! are set with `SET LOCAL`, and statements are not prepared on the server, so a transaction pooler may stand between. A transaction that is
-//! dropped before its end takes its connection with it: nothing half done ever returns to the pool.
+//! dropped before its end takes its connection with it: nothing half done ever returns to the pool. If a statement of it still runs, because
+//! the caller's deadline passed or they hung up, the server is asked to stop it.
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio_postgres::Row;
@@ -41,7 +43,8 @@ pub enum Reader {
 }
 
 impl Purpose {
-    fn begin(self) -> Cow<'static, str> {
+    /// The text that opens a transaction for it: role, claims, bounds. Public so that a test can stand where a reader stands.
+    pub fn opening(self) -> Cow<'static, str> {
         match self {
             Self::Read(Reader::Site(site)) => {
                 return format!(
@@ -81,6 +84,8 @@ fn as_user(user: UserId) -> String {
 /// An open transaction.
 pub struct Transaction<'a> {
     connection: bb8::PooledConnection<'a, super::pool::Manager>,
+    /// A statement was sent and has not ended.
+    busy: AtomicBool,
 }
 
 impl<'a> Transaction<'a> {
@@ -89,8 +94,8 @@ impl<'a> Transaction<'a> {
         purpose: Purpose,
     ) -> Result<Self, StoreError> {
         connection.set_in_transaction(true);
-        let transaction = Self { connection };
-        transaction.simple(BEGIN, &purpose.begin()).await?;
+        let transaction = Self { connection, busy: AtomicBool::new(false) };
+        transaction.simple(BEGIN, &purpose.opening()).await?;
         Ok(transaction)
     }
 
@@ -100,8 +105,10 @@ impl<'a> Transaction<'a> {
 
     #[allow(clippy::disallowed_methods)] // the one place that may
     async fn simple(&self, operation: &'static str, sql: &str) -> Result<(), StoreError> {
-        let client = self.connection().client();
-        client.batch_execute(sql).await.map_err(|error| StoreError::of(operation, error))
+        self.busy.store(true, Ordering::Relaxed);
+        let done = self.connection().client().batch_execute(sql).await;
+        self.busy.store(false, Ordering::Relaxed);
+        done.map_err(|error| StoreError::of(operation, error))
     }
 
     /// Runs a statement and returns its rows.
@@ -114,7 +121,9 @@ impl<'a> Transaction<'a> {
         assert_eq!(statement.params.len(), params.len(), "{} is called as it is declared", statement.name);
         let typed: Vec<_> = params.iter().copied().zip(statement.params.iter().cloned()).collect();
         let started = Instant::now();
+        self.busy.store(true, Ordering::Relaxed);
         let rows = self.connection().client().query_typed((statement.sql)(), &typed).await;
+        self.busy.store(false, Ordering::Relaxed);
         telemetry::time_statement(statement.name, started.elapsed(), rows.is_ok());
         rows.map_err(|error| StoreError::of(statement.name, error))
     }
@@ -131,5 +140,13 @@ impl<'a> Transaction<'a> {
         self.simple("rollback", "ROLLBACK").await?;
         self.connection.set_in_transaction(false);
         Ok(())
+    }
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        if self.busy.load(Ordering::Relaxed) {
+            self.connection().cancel_running();
+        }
     }
 }

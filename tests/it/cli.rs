@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use tonic::transport::Channel;
 use uuid::Uuid;
 
 use crate::support::cluster::cluster;
-use crate::support::database::{connect, database, empty};
+use crate::support::database::{bearer, connect, database, empty};
 use crate::support::process::{Ended, Program, client, run};
 
 #[tokio::test]
@@ -278,15 +279,18 @@ async fn shell(line: &str) -> String {
 
 /// What the printed grpcurl line is answered, asked by a client of our own: grpcurl itself is not on every machine.
 async fn scored(line: &str) -> u32 {
-    let (flags, target) = line.split_once(" \\\n").expect("a line that goes on");
-    let body = flags.strip_prefix("grpcurl -plaintext -d '").and_then(|rest| rest.strip_suffix('\'')).expect("a body");
+    let (flags, rest) = line.split_once(" \\\n").expect("a line that goes on");
+    let token =
+        flags.strip_prefix("grpcurl -plaintext -H 'authorization: Bearer ").and_then(|rest| rest.strip_suffix('\''));
+    let (body, target) = rest.trim().strip_prefix("-d '").and_then(|rest| rest.split_once('\'')).expect("a body");
     let body: Value = serde_json::from_str(body).expect("the body is JSON");
     let names = body["signals"].as_array().expect("signals").iter().filter_map(Value::as_str);
     let signals = names.map(|name| Signal::from_str_name(name).expect("a signal of the contract").into()).collect();
     let (address, method) = target.trim().split_once(' ').expect("an address and a method");
     assert_eq!(method, "opsmantik.v1.ScoringService/ScoreSignals");
     let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address is a URI");
-    let mut scoring = ScoringServiceClient::new(endpoint.connect().await.expect("it listens"));
+    let channel = endpoint.connect().await.expect("it listens");
+    let mut scoring = ScoringServiceClient::with_interceptor(channel, bearer(token.expect("a token")));
     let request = ScoreSignalsRequest { signals, ..ScoreSignalsRequest::default() };
     scoring.score_signals(request).await.expect("a good request").into_inner().score.expect("always set").value
 }
@@ -334,11 +338,18 @@ async fn dev_raises_everything_and_what_it_prints_works_and_its_data_stays() {
     let expected = format!("{}|curl|Direct-to-Ads\n", dev.site);
     assert_eq!(shell(&ask(&dev, landing)).await, expected);
 
+    let token_file = data_dir.0.join("token");
+    let token = std::fs::read_to_string(&token_file).expect("the token is kept").trim().to_owned();
+    let mode = std::fs::metadata(&token_file).expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "and nobody else's to read");
+    assert!(dev.grpcurl.contains(&token));
+
     assert!(postgres_of(&data_dir).is_some());
     dev.program.stop(Duration::from_secs(15)).await;
     assert_eq!(postgres_of(&data_dir), None, "it took its database with it");
     let mut again = Dev::start(&data_dir.0, &[]).await;
     assert_eq!(again.site, dev.site);
+    assert!(again.grpcurl.contains(&token), "a token that is good is used again");
     assert_eq!(shell(&ask(&again, landing)).await, expected, "the data stayed");
     // The page's origins are new ones, and allowed.
     assert!(shell(&again.curl).await.contains("200 OK"));

@@ -3,6 +3,7 @@
 // The tests look behind the store's walls; the program may not.
 #![allow(clippy::disallowed_methods)]
 
+mod access;
 mod any_body;
 mod browser;
 mod calls;

@@ -21,7 +21,7 @@ fn month(n: i32) -> Month {
 }
 
 /// A value for each parameter: months by position, text and numbers that satisfy the tables' checks.
-fn sample(statement: &Statement, site: SiteId) -> (Vec<Box<dyn ToSql + Sync + Send>>, BTreeSet<Month>) {
+pub fn sample(statement: &Statement, site: SiteId) -> (Vec<Box<dyn ToSql + Sync + Send>>, BTreeSet<Month>) {
     let mut next = 17;
     let mut months = BTreeSet::new();
     let mut values: Vec<Box<dyn ToSql + Sync + Send>> = Vec::new();

@@ -4,34 +4,36 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use chrono::{DateTime, Utc};
 use tonic::{Code, Request, Status};
 
 use super::super::proto::Rejection;
 use super::super::{GrpcState, access, convert, proto};
-use crate::access::Denied;
-use crate::domain::access::{Caller, Scope};
+use crate::access::{Admission as Proof, Denied};
+use crate::domain::access::Caller;
 use crate::domain::event::{Event, FieldNames};
 use crate::domain::refusal::Refusal;
 use crate::domain::site::Site;
 
 const NAMES: FieldNames = FieldNames { url: "url", session: "session_id" };
 
+/// So many checks of a token may fail for want of somebody who can tell before its stream ends.
+const UNCHECKED: u32 = 3;
+
 /// Who sends the events of a call.
 pub(super) struct Sender {
     pub(super) state: GrpcState,
     caller: Arc<Caller>,
-    bearer: String,
+    proof: Proof,
+    unchecked: AtomicU32,
 }
 
 impl Sender {
     pub(super) fn of<T>(state: &GrpcState, request: &Request<T>) -> Result<Self, Status> {
-        let caller = access::caller(request)?;
-        let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        // The access layer has read it: a scheme of six letters, a space, the token.
-        let bearer = header.split_at_checked(7).map_or("", |(_, token)| token.trim()).to_owned();
-        Ok(Self { state: state.clone(), caller, bearer })
+        let (caller, proof) = (access::caller(request)?, access::admission(request)?);
+        Ok(Self { state: state.clone(), caller, proof, unchecked: AtomicU32::new(0) })
     }
 
     /// The site that an event names, if this sender may write to it; none if there is no such site.
@@ -41,14 +43,16 @@ impl Sender {
 
     /// Whether a call that has lasted for a while may go on: a token can be revoked at any time.
     pub(super) async fn still_welcome(&self) -> Result<(), Status> {
-        match self.state.gate.admit(&self.bearer).await {
-            Ok(caller) if caller.has(Scope::IngestWrite) => Ok(()),
-            Ok(_) => Err(Status::permission_denied(format!("the token has no scope `{}`", Scope::IngestWrite))),
-            Err(Denied::Invalid) => Err(Status::unauthenticated("the bearer token is not valid any more")),
-            Err(Denied::Unavailable(error)) => {
-                // Nobody can tell, and without a database nothing is stored either.
-                tracing::warn!(%error, "cannot check the token of a stream");
+        match self.proof.renew().await {
+            Ok(()) => {
+                self.unchecked.store(0, Ordering::Relaxed);
                 Ok(())
+            }
+            Err(denied @ Denied::Invalid) => Err(access::denied(denied)),
+            // Nobody can tell now, and without a database nothing is stored either; but not for long.
+            Err(denied @ (Denied::Database(_) | Denied::Busy | Denied::Provider)) => {
+                let times = self.unchecked.fetch_add(1, Ordering::Relaxed) + 1;
+                if times < UNCHECKED { Ok(()) } else { Err(access::denied(denied)) }
             }
         }
     }

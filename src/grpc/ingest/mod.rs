@@ -23,8 +23,6 @@ use admission::{Admission, Refused, Sender};
 
 mod admission;
 mod stream;
-#[cfg(test)]
-mod tests;
 
 /// Most events of one request.
 const MAX_EVENTS: usize = 1000;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use opsmantik::access::ApiToken;
 use opsmantik::domain::access::Scope;
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::site::Site;
@@ -97,10 +98,10 @@ impl Database {
 
     /// A new token's text. No site: every site.
     pub async fn token(&self, scopes: &[Scope], site: Option<SiteId>) -> String {
-        let token = format!("om_{}", uuid::Uuid::new_v4().simple());
-        let hash = opsmantik::access::hash(&token);
-        self.store.issue_token(&hash, "test", scopes, site).await.expect("the database answers");
-        token
+        let token = ApiToken::generate().expect("random numbers");
+        let issued = self.store.issue_token(&token.hash(), "test", scopes, site, None).await;
+        issued.expect("the database answers");
+        token.reveal().to_owned()
     }
 
     /// Makes the leaves of a month.
