@@ -110,6 +110,9 @@ impl Server {
         let admin = admin_router(AdminState { store: store.clone() });
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
+        if settings.caller_key()?.is_none() {
+            tracing::warn!("CALLER_KEY is not set, so no call can be recorded");
+        }
         let gate = Gate::new(store.clone()).with_users(&settings.users()?)?;
         let internal = GrpcState {
             pipeline: pipeline.clone(),

@@ -8,17 +8,20 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::cluster::{Cluster, ClusterOptions};
 use super::demo::Demo;
 use super::postgres::Postgres;
 use super::progress::Progress;
 use crate::access::ApiToken;
+use crate::calls::caller_key::CallerKey;
 use crate::config::{Mode, Settings};
 use crate::domain::access::{Caller, Reach, Scope};
 use crate::domain::site::Site;
 use crate::grpc::Protection;
 use crate::http::serve::{Limits, serve};
+use crate::secret::Secret;
 use crate::server::{Listeners, Server, asked_to_stop, hang_ups};
 use crate::store::Store;
 use crate::store::sites::NewSite;
@@ -69,11 +72,15 @@ impl Dev {
         let demo_listener = bind("DEMO_ADDR", self.demo_addr).await?;
         let (http_addr, demo_addr) = (listeners.http.local_addr()?, demo_listener.local_addr()?);
         let site = demo_site(&store, &[http_addr, demo_addr]).await?;
+        let mut settings = self.settings.clone();
+        if settings.caller_key()?.is_none() {
+            settings.caller_key = Some(caller_key(&self.data_dir.join("caller-key"))?);
+        }
         let token = demo_token(&store, &site, &self.data_dir.join("token")).await?;
         let api_base = format!("http://{http_addr}");
         let demo = Demo { store, site_id: site.id, public_id: site.public_id.clone(), api_base };
 
-        let server = Server::start(&self.settings, Mode::Dev, &url, listeners, demo.clone().router("/demo")).await?;
+        let server = Server::start(&settings, Mode::Dev, &url, listeners, demo.clone().router("/demo")).await?;
         let stop_demo = CancellationToken::new();
         let demo_page = tokio::spawn(serve(demo_listener, demo.router(""), Limits::default(), stop_demo.clone()));
         print_what_to_do(&server, demo_addr, &site, &token, &cluster.psql_line(DATABASE));
@@ -140,6 +147,18 @@ async fn demo_token(store: &Store, site: &Site, file: &Path) -> anyhow::Result<A
     Ok(token)
 }
 
+/// The key for callers' numbers, made once: with another one the same caller would be another.
+fn caller_key(file: &Path) -> anyhow::Result<Secret> {
+    if let Ok(kept) = std::fs::read_to_string(file)
+        && CallerKey::new(&kept).is_ok()
+    {
+        return Ok(kept.parse()?);
+    }
+    let made = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    keep(file, &made).with_context(|| format!("cannot keep the key for callers' numbers in {}", file.display()))?;
+    Ok(made.parse()?)
+}
+
 /// Writes a file that is nobody else's to read, whole or not at all.
 fn keep(file: &Path, text: &str) -> std::io::Result<()> {
     use std::io::Write;
@@ -172,6 +191,12 @@ OpsMantik is running. Ctrl-C stops it; the data stays.
 
   gRPC        grpcurl -plaintext -H 'authorization: Bearer {token}' \
                 -d '{{"signals":["SIGNAL_PRIMARY_CONVERSION","SIGNAL_SCROLL_90"]}}' {grpc} opsmantik.v1.ScoringService/ScoreSignals
+
+  A call      grpcurl -plaintext -H 'authorization: Bearer {token}' -d @ {grpc} opsmantik.v1.CallsService/RecordCall <<CALL
+{{"call":{{"site":"{public_id}","key":{{"provider":"demo","provider_call_id":"1"}},"dialled_number":"+12025550123",
+ "caller_number":"+12025550187","started_at":"$(date -u +%FT%TZ)"}}}}
+CALL
+              (a call from the page's own number, matched to the telephone link that you clicked)
 
   SQL         {psql}
 

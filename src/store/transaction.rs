@@ -27,7 +27,8 @@ pub enum Purpose {
     Keep,
     /// The command line, on behalf of the operator.
     Operate,
-    /// A read on behalf of a tenant: the policies of the database show what is theirs, whatever a statement asks for.
+    /// A read on behalf of a tenant: the policies of the database show what is theirs, whatever a statement asks for. All its statements see
+    /// the same moment.
     Read(Reader),
     /// A judgement that a person makes themselves: bound by the same policies.
     Act(UserId),
@@ -48,12 +49,12 @@ impl Purpose {
         match self {
             Self::Read(Reader::Site(site)) => {
                 return format!(
-                    "BEGIN READ ONLY; SET LOCAL ROLE opsmantik_tenant; SET LOCAL opsmantik.site_id = '{site}'; {TENANT_BOUNDS}"
+                    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL ROLE opsmantik_tenant; SET LOCAL opsmantik.site_id = '{site}'; {TENANT_BOUNDS}"
                 )
                 .into();
             }
             Self::Read(Reader::User(user)) => {
-                return format!("BEGIN READ ONLY; {}; {TENANT_BOUNDS}", as_user(user)).into();
+                return format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}; {TENANT_BOUNDS}", as_user(user)).into();
             }
             Self::Act(user) => return format!("BEGIN; {}; {TENANT_BOUNDS}", as_user(user)).into(),
             Self::Serve => {
