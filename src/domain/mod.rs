@@ -13,6 +13,7 @@ pub mod attribution;
 pub mod campaign;
 pub mod client;
 pub mod event;
+pub mod evidence;
 pub mod id;
 pub mod job;
 pub mod month;

@@ -27,8 +27,10 @@ mod calls;
 mod convert;
 mod health;
 mod ingest;
+mod page;
 pub mod proto;
 mod scoring;
+mod session;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -92,12 +94,12 @@ pub async fn serve(
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection (v1alpha)")?)
         .add_service(
-            IngestServiceServer::new(ingest::Ingest::new(state))
+            IngestServiceServer::new(ingest::Ingest::new(state.clone()))
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )
         .add_service(
-            ScoringServiceServer::new(scoring::Scoring)
+            ScoringServiceServer::new(scoring::Scoring::new(state))
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )

@@ -19,7 +19,7 @@ use super::proto::ingest_result::Outcome;
 use super::proto::ingest_service_client::IngestServiceClient;
 use super::proto::scoring_service_client::ScoringServiceClient;
 use super::proto::{
-    Event, GetSessionScoreRequest, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal,
+    Event, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal, WatchSessionsRequest,
 };
 use super::*;
 use crate::domain::access::{Caller, Reach, Scope};
@@ -166,14 +166,14 @@ async fn what_this_version_does_not_serve_says_so() {
     let record = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
         .record_call(RecordCallRequest::default())
         .await;
-    let get = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .get_session_score(GetSessionScoreRequest::default())
+    let watch = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .watch_sessions(WatchSessionsRequest::default())
         .await;
     let stream = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
         .stream_ingest(tokio_stream::empty())
         .await;
-    let refused = [record.map(drop), get.map(drop), stream.map(drop)];
-    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "GetSessionScore", "StreamIngest"]) {
+    let refused = [record.map(drop), watch.map(drop), stream.map(drop)];
+    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "WatchSessions", "StreamIngest"]) {
         let status = answer.expect_err("not served");
         assert_eq!(status.code(), Code::Unimplemented);
         assert!(status.message().contains(rpc), "{}", status.message());

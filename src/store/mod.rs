@@ -13,6 +13,7 @@ pub mod locks;
 pub mod migrate;
 pub mod partitions;
 pub mod pool;
+pub mod scoring;
 pub mod sessions;
 pub mod sites;
 pub mod statement;

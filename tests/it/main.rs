@@ -14,6 +14,7 @@ mod pipeline;
 mod process;
 mod qstash;
 mod schema;
+mod scoring;
 mod statements;
 mod support;
 mod worker;
