@@ -6,6 +6,7 @@
 mod any_body;
 mod browser;
 mod cli;
+mod clients;
 mod cluster;
 mod grpc;
 mod http;
