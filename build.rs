@@ -34,6 +34,7 @@ fn compile() -> Result<(), String> {
     // The Debug form of a protox error is the one that names file, line and column.
     let mut descriptors = protox::compile(&files, [ROOT]).map_err(|error| format!("{error:?}"))?;
     tonic_prost_build::configure()
+        .codec_path("crate::grpc::codec::ContractCodec")
         .compile_fds(descriptors.clone())
         .map_err(|error| format!("code generation: {error}"))?;
 

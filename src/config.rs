@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use url::Url;
 
+use crate::grpc::{Protection, TlsFiles};
 use crate::http::signature::{self, Verifier};
 use crate::queue::qstash::QstashConfig;
 use crate::secret::Secret;
@@ -32,6 +33,33 @@ pub struct Settings {
     /// gRPC listener for internal services
     #[arg(long, env = "GRPC_ADDR", value_name = "GRPC_ADDR", default_value = "127.0.0.1:50051")]
     pub grpc_addr: SocketAddr,
+
+    /// PEM file with the certificate of the gRPC listener and those that link it to its authority: serves TLS. Read again when it changes
+    #[arg(long, env = "GRPC_TLS_CERT", value_name = "GRPC_TLS_CERT")]
+    pub grpc_tls_cert: Option<String>,
+
+    /// PEM file with the private key of GRPC_TLS_CERT
+    #[arg(long, env = "GRPC_TLS_KEY", value_name = "GRPC_TLS_KEY")]
+    pub grpc_tls_key: Option<String>,
+
+    /// PEM file with the authorities of clients' certificates: who shows none that they signed is refused
+    #[arg(long, env = "GRPC_TLS_CLIENT_CA", value_name = "GRPC_TLS_CLIENT_CA")]
+    pub grpc_tls_client_ca: Option<String>,
+
+    /// Serve gRPC in plaintext on an address that other machines reach: for a proxy or mesh in front of it that ends TLS.
+    /// Tokens could be read on the way otherwise
+    #[arg(
+        long,
+        env = "GRPC_PLAINTEXT",
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        hide_default_value = true,
+        value_parser = yes_or_no
+    )]
+    pub grpc_plaintext: bool,
 
     /// Listener for the operator: /healthz, /readyz, /metrics. Keep it off the internet
     #[arg(long, env = "ADMIN_ADDR", value_name = "ADMIN_ADDR", default_value = "127.0.0.1:9090")]
@@ -122,6 +150,15 @@ pub enum ConfigError {
     DevelopmentKey(&'static str),
 }
 
+/// A switch; empty is off, and a slip of the pen is neither on nor off.
+fn yes_or_no(text: &str) -> Result<bool, String> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Ok(true),
+        "false" | "no" | "off" | "0" | "" => Ok(false),
+        _ => Err("it is neither true nor false".to_owned()),
+    }
+}
+
 fn set(value: Option<&str>) -> Option<&str> {
     value.map(str::trim).filter(|text| !text.is_empty())
 }
@@ -136,8 +173,37 @@ impl Settings {
         if mode == Mode::Serve {
             self.database_url()?;
         }
+        self.grpc_protection(mode)?;
         self.verifier(mode)?;
         self.qstash(mode).map(drop)
+    }
+
+    /// What protects the gRPC listener. `dev` is for one machine, so nothing has to and nothing does.
+    pub fn grpc_protection(&self, mode: Mode) -> Result<Protection, ConfigError> {
+        if mode == Mode::Dev {
+            return Ok(Protection::Loopback);
+        }
+        let files = [&self.grpc_tls_cert, &self.grpc_tls_key, &self.grpc_tls_client_ca];
+        let missing = |name, why| Err(ConfigError::Missing(name, why));
+        match files.map(|file| set(file.as_deref())) {
+            [Some(_), Some(_), _] if self.grpc_plaintext => {
+                Err(ConfigError::Invalid("GRPC_PLAINTEXT", "GRPC_TLS_CERT is set, so gRPC is not served in plaintext"))
+            }
+            [Some(cert), Some(key), client_ca] => Ok(Protection::Tls(TlsFiles {
+                cert: cert.into(),
+                key: key.into(),
+                client_ca: client_ca.map(Into::into),
+            })),
+            [Some(_), None, _] => missing("GRPC_TLS_KEY", "GRPC_TLS_CERT is, and its private key is needed"),
+            [None, Some(_), _] => {
+                missing("GRPC_TLS_CERT", "GRPC_TLS_KEY is, and the certificate it belongs to is needed")
+            }
+            [None, None, Some(_)] => {
+                missing("GRPC_TLS_CERT", "GRPC_TLS_CLIENT_CA is, and clients show certificates over TLS only")
+            }
+            [None, None, None] if self.grpc_plaintext => Ok(Protection::Elsewhere),
+            [None, None, None] => Ok(Protection::Loopback),
+        }
     }
 
     pub fn database_url(&self) -> Result<&str, ConfigError> {
@@ -236,6 +302,31 @@ mod tests {
         assert!(wrong.is_some_and(|e| e.starts_with("PUBLIC_URL is wrong")));
         let wrong = error(&[QSTASH[0], QSTASH[1], QSTASH[3], "--qstash-token=t\u{fc}"], Mode::Dev);
         assert!(wrong.is_some_and(|e| e.starts_with("QSTASH_TOKEN is wrong") && !e.contains('\u{fc}')));
+    }
+
+    #[test]
+    fn grpc_has_tls_plaintext_by_order_or_loopback_alone() {
+        let protection = |flags: &[&str]| settings(flags).grpc_protection(Mode::Serve);
+        let (cert, key, ca) = ("--grpc-tls-cert=/c", "--grpc-tls-key=/k", "--grpc-tls-client-ca=/a");
+        assert_eq!(protection(&["--grpc-tls-cert=", "--grpc-plaintext="]), Ok(Protection::Loopback));
+        assert_eq!(protection(&["--grpc-plaintext"]), Ok(Protection::Elsewhere));
+        assert_eq!(protection(&["--grpc-plaintext=false"]), Ok(Protection::Loopback));
+        for (flags, client_ca) in [(vec![cert, key], None), (vec![cert, key, ca], Some("/a".into()))] {
+            let files = TlsFiles { cert: "/c".into(), key: "/k".into(), client_ca };
+            assert_eq!(protection(&flags), Ok(Protection::Tls(files)));
+            assert_eq!(settings(&flags).grpc_protection(Mode::Dev), Ok(Protection::Loopback));
+        }
+        for (flags, complaint) in [
+            (vec![cert], "GRPC_TLS_KEY is not set"),
+            (vec![key, ca], "GRPC_TLS_CERT is not set"),
+            (vec![ca], "GRPC_TLS_CERT is not set"),
+            (vec![cert, key, "--grpc-plaintext"], "GRPC_PLAINTEXT is wrong"),
+        ] {
+            let error = protection(&flags).expect_err("they do not go together").to_string();
+            assert!(error.starts_with(complaint), "{flags:?}: {error}");
+        }
+        let typed = Line::try_parse_from(["x", "--grpc-plaintext=ture"]).expect_err("a slip").to_string();
+        assert!(typed.contains("GRPC_PLAINTEXT") || typed.contains("--grpc-plaintext"), "{typed}");
     }
 
     #[test]

@@ -11,12 +11,14 @@
 //! | [`directory`] | which sites exist and which origins they allow, cached |
 //! | [`queue`] | who owns an event before the pipeline: nobody (inline) or QStash |
 //! | [`pipeline`] | batching: from accepted events to outcomes |
+//! | [`calls`] | from pushes to matched calls; again, when something late arrives |
 //! | [`store`] | the repository: all SQL, addressed by keys that contain the month |
 //! | [`keeper`] | makes monthly partitions ahead of time |
 //! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice, [`secret`] what it never says |
 //! | [`dev`] | what makes two commands enough on a bare machine |
 
 pub mod access;
+pub mod calls;
 pub mod cli;
 pub mod config;
 pub mod dev;

@@ -4,18 +4,21 @@
 //! was answered as stored is committed by then.
 
 use std::net::SocketAddr;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::Context;
 use axum::Router;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Gate;
+use crate::calls;
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
-use crate::grpc::{self, GrpcState, Health};
+use crate::grpc::{self, Certificates, GrpcState, Health};
 use crate::http::admin::{AdminState, admin_router};
 use crate::http::client_address::TrustedProxies;
 use crate::http::limit::RateLimit;
@@ -44,7 +47,7 @@ impl Listeners {
         let bind = async |name: &str, address: SocketAddr| {
             TcpListener::bind(address).await.with_context(|| format!("{name}: cannot listen on {address}"))
         };
-        grpc::check_address(settings.grpc_addr).context("GRPC_ADDR")?;
+        grpc::check_address(settings.grpc_addr, &settings.grpc_protection(Mode::Serve)?).context("GRPC_ADDR")?;
         Ok(Self {
             http: bind("HTTP_ADDR", settings.http_addr).await?,
             grpc: bind("GRPC_ADDR", settings.grpc_addr).await?,
@@ -58,6 +61,7 @@ pub struct Server {
     pub http_addr: SocketAddr,
     pub grpc_addr: SocketAddr,
     pub admin_addr: SocketAddr,
+    certificates: Option<Certificates>,
     pipeline: Pipeline,
     doors: Vec<JoinHandle<()>>,
     tasks: Vec<JoinHandle<()>>,
@@ -76,9 +80,10 @@ impl Server {
     ) -> anyhow::Result<Self> {
         settings.check(mode)?;
         let grpc_addr = listeners.grpc.local_addr()?;
-        grpc::check_address(grpc_addr).context("GRPC_ADDR")?;
         // Installed before anything is counted.
         telemetry::prometheus();
+        let grpc_listener = grpc::Listener::new(listeners.grpc, settings.grpc_protection(mode)?).context("gRPC")?;
+        let certificates = grpc_listener.certificates();
         let config = PipelineConfig::default();
         let connections = u32::try_from(config.writers)? + LOOK_UP_CONNECTIONS;
         let store = Store::new(database_url, connections).await?;
@@ -112,18 +117,27 @@ impl Server {
         let doors = vec![
             tokio::spawn(serve(listeners.http, public, Limits::default(), close_doors.clone())),
             tokio::spawn(async move {
-                if let Err(error) = grpc::serve(listeners.grpc, internal, health, stop_grpc).await {
+                if let Err(error) = grpc::serve(grpc_listener, internal, health, stop_grpc).await {
                     tracing::error!(%error, "the gRPC listener ended");
                 }
             }),
         ];
         let tasks = vec![
             tokio::spawn(serve(listeners.admin, admin, Limits::default(), end_tasks.clone())),
-            tokio::spawn(keeper::run(store, nudge, end_tasks.clone())),
+            tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())),
+            tokio::spawn(calls::sweep(store, end_tasks.clone())),
             tokio::spawn(telemetry::fold_samples(end_tasks.clone())),
         ];
         tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");
-        Ok(Self { http_addr, grpc_addr, admin_addr, pipeline, doors, tasks, close_doors, end_tasks })
+        Ok(Self { http_addr, grpc_addr, admin_addr, certificates, pipeline, doors, tasks, close_doors, end_tasks })
+    }
+
+    /// Reads again what can change while the server runs: the certificates of the gRPC listener.
+    pub fn reload(&self) {
+        match &self.certificates {
+            Some(certificates) => certificates.read_again(),
+            None => tracing::info!("nothing to reload: gRPC is served without TLS"),
+        }
     }
 
     /// Stops taking, finishes what was taken, and returns.
@@ -147,16 +161,22 @@ fn log_end(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// Waits until the process is asked to end: SIGTERM, SIGINT (Ctrl-C) or, on a closed terminal, SIGHUP.
-pub async fn asked_to_stop() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
+/// SIGHUPs from now on. One that comes before this call ends the process.
+pub fn hang_ups() -> anyhow::Result<Signal> {
+    signal(SignalKind::hangup()).context("SIGHUP")
+}
+
+/// Waits until the process is asked to end: SIGTERM, SIGINT (Ctrl-C), or a SIGHUP that `hung_up` takes for that. It is a closed
+/// terminal for who sits before one, and "read your files again" for a service.
+pub async fn asked_to_stop(mut hang_ups: Signal, hung_up: impl Fn() -> ControlFlow<()>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hang_up = signal(SignalKind::hangup())?;
-    let name = tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-        _ = hang_up.recv() => "SIGHUP",
+    let name = loop {
+        tokio::select! {
+            _ = terminate.recv() => break "SIGTERM",
+            _ = interrupt.recv() => break "SIGINT",
+            _ = hang_ups.recv() => if hung_up().is_break() { break "SIGHUP" },
+        }
     };
     tracing::info!(signal = name, "stopping: taking nothing more, finishing what was taken");
     Ok(())

@@ -30,8 +30,23 @@ pub const HTTP_REQUEST_SECONDS: &str = "opsmantik_http_request_seconds";
 pub const QSTASH_PUBLISHED_TOTAL: &str = "opsmantik_qstash_published_total";
 /// Events that went to the pipeline instead of QStash, by reason.
 pub const QSTASH_FELL_BACK_TOTAL: &str = "opsmantik_qstash_fell_back_total";
+/// Calls that ended on the gRPC listener, by rpc and status code; `cancelled` when the caller hung up.
+pub const GRPC_REQUESTS_TOTAL: &str = "opsmantik_grpc_requests_total";
+/// Seconds from the head of a call to the end of its answer, by rpc.
+pub const GRPC_REQUEST_SECONDS: &str = "opsmantik_grpc_request_seconds";
+/// Calls that run now, by rpc.
+pub const GRPC_IN_FLIGHT: &str = "opsmantik_grpc_in_flight";
+/// Connections that did not get through the TLS handshake, by reason: `timeout`, `failed`.
+pub const GRPC_HANDSHAKE_FAILURES_TOTAL: &str = "opsmantik_grpc_handshake_failures_total";
+/// When the gRPC listener's certificate ends, seconds since 1970. Only with TLS.
+pub const GRPC_CERTIFICATE_NOT_AFTER: &str = "opsmantik_grpc_certificate_not_after_timestamp_seconds";
+/// Times that the gRPC listener's certificate files were read again, by outcome: `loaded`, or `failed` and the old ones stay.
+pub const GRPC_CERTIFICATE_RELOADS_TOTAL: &str = "opsmantik_grpc_certificate_reloads_total";
 /// Leaves made by the keeper.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
+
+/// Calls that were matched again because something late came in.
+pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";
 
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {
@@ -98,4 +113,16 @@ pub fn time_statement(name: &'static str, took: Duration, ok: bool) {
     if !ok {
         metrics::counter!(STATEMENT_ERRORS_TOTAL, "statement" => name).increment(1);
     }
+}
+
+/// Notes that a call began.
+pub fn grpc_began(rpc: &'static str) {
+    metrics::gauge!(GRPC_IN_FLIGHT, "rpc" => rpc).increment(1.0);
+}
+
+/// Notes how a call ended.
+pub fn grpc_ended(rpc: &'static str, code: &'static str, took: Duration) {
+    metrics::counter!(GRPC_REQUESTS_TOTAL, "rpc" => rpc, "code" => code).increment(1);
+    metrics::histogram!(GRPC_REQUEST_SECONDS, "rpc" => rpc).record(took);
+    metrics::gauge!(GRPC_IN_FLIGHT, "rpc" => rpc).decrement(1.0);
 }

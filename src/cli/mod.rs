@@ -1,10 +1,12 @@
 //! The command line: one file a noun.
 
+use std::ops::ControlFlow;
+
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{ConfigError, Mode, Settings};
 use crate::secret::Secret;
-use crate::server::{Listeners, Server, asked_to_stop};
+use crate::server::{Listeners, Server, asked_to_stop, hang_ups};
 use crate::store::Store;
 
 mod dead_letters;
@@ -86,13 +88,19 @@ pub async fn run() -> anyhow::Result<()> {
 impl Serve {
     async fn run(self) -> anyhow::Result<()> {
         self.settings.check(Mode::Serve)?;
+        // A reload that is asked for while the server starts must not end it.
+        let hang_ups = hang_ups()?;
         let url = self.settings.database_url()?.to_owned();
         if self.migrate {
             Store::new(&url, 1).await?.migrate().await?;
         }
         let listeners = Listeners::bind(&self.settings).await?;
         let server = Server::start(&self.settings, Mode::Serve, &url, listeners, axum::Router::new()).await?;
-        asked_to_stop().await?;
+        let reload = || {
+            server.reload();
+            ControlFlow::Continue(())
+        };
+        asked_to_stop(hang_ups, reload).await?;
         server.stop().await;
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! `opsmantik dev`: everything on one machine by one command, and what to open and call.
 
 use std::net::SocketAddr;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -13,8 +14,9 @@ use super::postgres::Postgres;
 use super::progress::Progress;
 use crate::config::{Mode, Settings};
 use crate::domain::site::Site;
+use crate::grpc::Protection;
 use crate::http::serve::{Limits, serve};
-use crate::server::{Listeners, Server, asked_to_stop};
+use crate::server::{Listeners, Server, asked_to_stop, hang_ups};
 use crate::store::Store;
 use crate::store::sites::NewSite;
 
@@ -41,6 +43,9 @@ impl Dev {
     pub async fn run(self) -> anyhow::Result<()> {
         if self.settings.database_url.is_some() {
             eprintln!("DATABASE_URL is ignored: dev never touches a database that is not its own");
+        }
+        if self.settings.grpc_protection(Mode::Serve) != Ok(Protection::Loopback) {
+            eprintln!("GRPC_TLS_* and GRPC_PLAINTEXT are ignored: dev serves gRPC to this machine only");
         }
         self.settings.check(Mode::Dev)?;
         let data_dir = self.data_dir.join("postgres");
@@ -69,7 +74,7 @@ impl Dev {
         let demo_page = tokio::spawn(serve(demo_listener, demo.router(""), Limits::default(), stop_demo.clone()));
         print_what_to_do(&server, demo_addr, &site, &cluster.psql_line(DATABASE));
 
-        asked_to_stop().await?;
+        asked_to_stop(hang_ups()?, || ControlFlow::Break(())).await?;
         stop_demo.cancel();
         server.stop().await;
         demo_page.await?;

@@ -152,6 +152,11 @@ const CONVERSION_ACTIONS: [&str; 10] = [
     "whatsapp_message",
 ];
 
+/// Whether an event of this action is a click on a telephone number or a WhatsApp link, whatever its letter case.
+pub fn is_call_action(action: &str) -> bool {
+    CONVERSION_ACTIONS.iter().any(|known| known.eq_ignore_ascii_case(action))
+}
+
 impl Event {
     /// Checks a draft and derives everything that the event itself can tell.
     pub fn accept(site: SiteId, draft: Draft, arrival: &Arrival, names: FieldNames) -> Result<Self, Refusal> {
@@ -236,7 +241,7 @@ impl Event {
         }
         .max(f64::from(self.gauges.scroll_pct.unwrap_or(0)));
         let raised = [
-            (Signal::PrimaryConversion, category == "conversion" || CONVERSION_ACTIONS.contains(&action.as_str())),
+            (Signal::PrimaryConversion, category == "conversion" || is_call_action(&action)),
             (Signal::Interaction, category == "interaction"),
             (Signal::Scroll50, depth >= 50.0),
             (Signal::Scroll90, depth >= 90.0),
@@ -351,6 +356,12 @@ mod tests {
             assert_eq!(refused.field, field);
             assert!(refused.to_string().contains(&format!("`{field}`")), "{refused}");
         }
+    }
+
+    #[test]
+    fn call_actions_are_known_in_any_letter_case() {
+        assert!(CONVERSION_ACTIONS.iter().all(|action| is_call_action(&action.to_uppercase())));
+        assert!(!is_call_action("phone_calls") && !is_call_action(" call") && !is_call_action(""));
     }
 
     #[test]

@@ -70,6 +70,18 @@ uuid_id!(
     UserId
 );
 
+uuid_id!(
+    /// One call. Derived from its key, so that the same pushes make the same table.
+    CallId
+);
+
+impl CallId {
+    /// The id of the call that `provider` knows as `provider_call_id`; a provider's name has no line break.
+    pub fn derived(site: SiteId, provider: &str, provider_call_id: &str) -> Self {
+        Self(Uuid::new_v5(&site.0, format!("call\n{provider}\n{provider_call_id}").as_bytes()))
+    }
+}
+
 impl SessionId {
     /// A session id as a tracker sends it: a UUID is used as it is, any other text becomes a UUIDv5 of (site, text),
     /// so that the same text on two sites is two sessions.
@@ -132,7 +144,7 @@ mod tests {
                 assert_eq!(id.as_uuid(), uuid);
             )*};
         }
-        round_trip!(SiteId, SessionId, EventId, DeadLetterId, TokenId, UserId);
+        round_trip!(SiteId, SessionId, EventId, DeadLetterId, TokenId, UserId, CallId);
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! Why an event is not accepted at the door: a closed list, each with the field that is wrong.
+//! Why an event or a call is not accepted at the door: a closed list, each with the field that is wrong.
 
 use std::borrow::Cow;
 use std::fmt;
 
-/// What is wrong with an event. The reasons are the public error codes of `/api/sync` and of gRPC.
+/// What is wrong with it. The reasons are the public error codes of `/api/sync` and of gRPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RefusalReason {
     /// The body is not JSON (or nested too deeply to be read).
@@ -12,6 +12,8 @@ pub enum RefusalReason {
     MissingField,
     /// A field has the wrong type or value.
     InvalidField,
+    /// A field can be read and lies outside its bound.
+    OutOfRange,
     /// One event is over 64 KiB.
     EventTooLarge,
     /// No site has this id.
@@ -25,13 +27,14 @@ impl RefusalReason {
             Self::InvalidJson => "invalid_json",
             Self::MissingField => "missing_field",
             Self::InvalidField => "invalid_field",
+            Self::OutOfRange => "out_of_range",
             Self::EventTooLarge => "event_too_large",
             Self::UnknownSite => "unknown_site",
         }
     }
 }
 
-/// An event was not accepted; `field` names the offender in the caller's own vocabulary (`s`, `u`, `events[3].sid`).
+/// An event or a call was not accepted; `field` names the offender in the caller's own vocabulary (`s`, `u`, `events[3].sid`).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Refusal {
     pub reason: RefusalReason,
@@ -54,6 +57,11 @@ impl Refusal {
     pub fn invalid(field: impl Into<Cow<'static, str>>, what: &str) -> Self {
         let field = field.into();
         Self { reason: RefusalReason::InvalidField, message: format!("`{field}` is invalid: {what}"), field }
+    }
+
+    pub fn out_of_range(field: impl Into<Cow<'static, str>>, bound: &str) -> Self {
+        let field = field.into();
+        Self { reason: RefusalReason::OutOfRange, message: format!("`{field}` is out of range: {bound}"), field }
     }
 
     pub fn json(what: impl fmt::Display) -> Self {

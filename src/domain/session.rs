@@ -88,6 +88,8 @@ pub struct Session {
     pub gauges: Gauges,
     /// For each signal of its events, the first event that raised it.
     pub raised: BTreeMap<Signal, Stamp>,
+    /// What matched calls raise, kept apart so that it can be taken back; see [`super::signal`].
+    pub call_signals: SignalSet,
     /// Whether the history of the fingerprint says so; see [`super::ads_history`]. Not a fact of the session's own events.
     pub ads_assisted: bool,
 }
@@ -106,6 +108,7 @@ impl Session {
             source: Source { stamp, traffic: event.traffic.clone() },
             gauges: Gauges::default(),
             raised: BTreeMap::new(),
+            call_signals: SignalSet::EMPTY,
             ads_assisted: false,
         };
         session.merge(event);
@@ -158,9 +161,10 @@ impl Session {
         }
     }
 
-    /// The union of the signals of all its events and its own.
+    /// The union of the signals of all its events, of its matched calls and of its history.
     pub fn signals(&self) -> SignalSet {
-        with_history(self.raised.keys().copied().collect(), self.attribution())
+        let events: SignalSet = self.raised.keys().copied().collect();
+        with_history(events.union(self.call_signals), self.attribution())
     }
 
     pub fn score(&self) -> Score {

@@ -65,6 +65,10 @@ impl Signal {
         }
     }
 
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|signal| signal.name() == name)
+    }
+
     const fn bit(self) -> i32 {
         1 << self as u8
     }
@@ -113,6 +117,17 @@ impl SignalSet {
 
     pub fn iter(self) -> impl Iterator<Item = Signal> {
         Signal::ALL.into_iter().filter(move |signal| self.contains(*signal))
+    }
+
+    /// As it is kept beside a frozen score: `[{"signal": name, "points": n}, …]`.
+    pub fn breakdown(self) -> serde_json::Value {
+        self.iter().map(|signal| serde_json::json!({"signal": signal.name(), "points": signal.points()})).collect()
+    }
+
+    /// The set that such a breakdown shows; what it does not know counts as absent.
+    pub fn from_breakdown(breakdown: &serde_json::Value) -> Self {
+        let lines = breakdown.as_array().map(Vec::as_slice).unwrap_or_default();
+        lines.iter().filter_map(|line| Signal::from_name(line.get("signal")?.as_str()?)).collect()
     }
 
     pub fn score(self) -> Score {
@@ -179,7 +194,9 @@ mod tests {
             prop_assert_eq!(a.union(b).union(c), a.union(b.union(c)));
             prop_assert_eq!(a.union(a), a);
             prop_assert!(a.union(b).score() >= a.score());
-            prop_assert_eq!(a.iter().collect::<SignalSet>().union(a), a.iter().collect());
+            let whole: SignalSet = a.iter().collect();
+            prop_assert_eq!(whole.union(a), whole);
+            prop_assert_eq!(SignalSet::from_breakdown(&whole.breakdown()), whole);
         }
     }
 }

@@ -1,8 +1,10 @@
 //! What every call has, whichever service takes it: an id and a deadline.
 //!
 //! The id is the caller's `x-request-id`, or one made here; it is in the answer's metadata and on every log line of the call. The
-//! deadline is the caller's own, at most [`LONGEST`]; when it passes the answer is DEADLINE_EXCEEDED. It bounds the time to the
-//! first answer, so a stream may live longer. Events that a call has handed to the pipeline by then are stored all the same.
+//! deadline is the caller's own; when it passes the answer is, or ends with, DEADLINE_EXCEEDED. [`LONGEST`] bounds the time to the
+//! answer's head besides, so a stream lives as long as its caller wants; a stream's handler finds the caller's [`Deadline`] among the
+//! request's extensions, to end in order before it is cut off. Events that a call has handed to the pipeline by then are stored all
+//! the same.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,11 +12,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 use tracing::Instrument;
 use uuid::Uuid;
+
+use super::measure::{self, Running};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
@@ -23,6 +28,13 @@ const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 pub(super) const LONGEST: Duration = Duration::from_secs(15);
 /// Longest request id that is believed, bytes.
 const MAX_REQUEST_ID: usize = 128;
+
+/// A deadline further away than this is none, and cannot be counted to on every machine.
+const FURTHEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// When the caller stops waiting. Among the extensions of a request whose caller said so.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadline(pub(super) Instant);
 
 #[derive(Clone, Copy)]
 pub(super) struct CallLayer;
@@ -55,22 +67,25 @@ where
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let id = request_id(request.headers());
-        let span =
-            tracing::info_span!("grpc", rpc = request.uri().path(), request.id = id.to_str().unwrap_or_default());
-        let patience = asked_patience(request.headers()).map_or(LONGEST, |asked| asked.min(LONGEST));
+        let rpc = measure::rpc(request.uri().path());
+        let span = tracing::info_span!("grpc", rpc, request.id = id.to_str().unwrap_or_default());
+        let running = Running::begin(rpc, span.clone());
         request.headers_mut().insert(REQUEST_ID, id.clone());
+        let asked = asked_patience(request.headers()).filter(|asked| *asked < FURTHEST);
+        let deadline = asked.map(|asked| Deadline(Instant::now() + asked));
+        if let Some(deadline) = deadline {
+            request.extensions_mut().insert(deadline);
+        }
+        let patience = asked.map_or(LONGEST, |asked| asked.min(LONGEST));
         // tonic keeps the caller's deadline as well, but answers CANCELLED. This timer is made first and asked first.
-        let answer = tokio::time::timeout(patience, self.inner.call(request));
+        let answer = tokio::time::timeout(patience, self.inner.call(running.heard(request)));
         let answer = async move {
-            let began = std::time::Instant::now();
             let mut response = match answer.await {
                 Ok(answered) => answered?,
                 Err(_elapsed) => Status::deadline_exceeded("no answer within the deadline").into_http(),
             };
-            let status = Status::from_header_map(response.headers()).map_or(tonic::Code::Ok, |status| status.code());
-            tracing::debug!(grpc.status = ?status, elapsed.ms = began.elapsed().as_millis(), "answered");
             response.headers_mut().insert(REQUEST_ID, id);
-            Ok(response)
+            Ok(running.answered(response, deadline))
         };
         Box::pin(answer.instrument(span))
     }
@@ -127,6 +142,27 @@ mod tests {
         let code = Status::from_header_map(response.headers()).map(|status| status.code());
         assert_eq!(code, Some(tonic::Code::DeadlineExceeded));
         assert!(response.headers().contains_key(REQUEST_ID));
+    }
+
+    /// An answer that begins at once and never ends.
+    async fn endless(request: http::Request<Body>) -> Result<http::Response<Body>, std::convert::Infallible> {
+        assert_eq!(request.extensions().get::<Deadline>().is_some(), request.headers().contains_key(TIMEOUT));
+        let frames = futures::stream::pending::<Result<hyper::body::Frame<hyper::body::Bytes>, Status>>();
+        Ok(http::Response::new(Body::new(http_body_util::StreamBody::new(frames))))
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_outlasts_its_callers_deadline_ends_with_it() {
+        use http_body_util::BodyExt;
+        let call = CallLayer.layer(tower::service_fn(endless));
+        let Ok(answer) = call.oneshot(request(TIMEOUT, "30m")).await;
+        let body = answer.into_body().collect().await.expect("it ends in order");
+        let code = body.trailers().and_then(Status::from_header_map).map(|status| status.code());
+        assert_eq!(code, Some(tonic::Code::DeadlineExceeded));
+
+        let Ok(answer) = CallLayer.layer(tower::service_fn(endless)).oneshot(request(REQUEST_ID, "1")).await;
+        let body = tokio::time::timeout(Duration::from_millis(60), answer.into_body().collect()).await;
+        assert!(body.is_err(), "without a deadline it goes on");
     }
 
     #[test]

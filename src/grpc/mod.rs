@@ -1,17 +1,16 @@
 //! The internal door: tonic services over the typed contract in `proto/`.
 //!
 //! One file a service; prost types stop here (`convert.rs`), one mapping makes statuses (`status.rs`), and every call has an id and
-//! a deadline (`call.rs`). Health follows the database, reflection is on. Nothing here asks who calls, so [`serve`] listens on loopback
-//! only, see [`check_address`].
+//! a deadline (`call.rs`) and is counted (`measure.rs`). Below them is a bounded listener (`listen.rs`) with certificates that change
+//! while it serves (`tls.rs`); in plaintext it serves loopback only, unless the operator says so, see [`check_address`]. Health follows
+//! the database, reflection is on.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 use crate::access::Gate;
 use crate::directory::Directory;
@@ -24,9 +23,12 @@ use proto::scoring_service_server::ScoringServiceServer;
 mod access;
 mod call;
 mod calls;
+mod codec;
 mod convert;
 mod health;
 mod ingest;
+mod listen;
+mod measure;
 mod page;
 pub mod proto;
 mod scoring;
@@ -34,10 +36,13 @@ mod session;
 mod status;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 pub use health::Health;
+pub use listen::{ExposedAddress, Listener, Protection, check_address};
+pub use tls::{Certificates, TlsError, TlsFault, TlsFiles};
 
-/// Largest message that is taken, and the largest that is sent. The contract of every RPC.
+/// Largest message that is taken, unpacked, and the largest that is sent. The contract of every RPC.
 const MAX_MESSAGE: usize = 4 << 20;
 /// Calls that one connection may have open, and run, at once: bounds what its messages can occupy.
 const MAX_STREAMS: u32 = 128;
@@ -59,28 +64,27 @@ pub struct GrpcState {
     pub gate: Gate,
 }
 
-/// The address can be reached from other machines, and nothing asks who calls.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "refusing to serve gRPC on {0}: calls are not authenticated, so whoever reaches this address could write events for \
-     every site; use a loopback address such as 127.0.0.1:50051"
-)]
-pub struct ExposedAddress(pub SocketAddr);
-
-/// Whether gRPC may be served on this address: only where the machine's own processes reach it.
-pub fn check_address(address: SocketAddr) -> Result<(), ExposedAddress> {
-    if address.ip().to_canonical().is_loopback() { Ok(()) } else { Err(ExposedAddress(address)) }
+/// What every service of the contract takes and sends: bounded messages, compressed if the caller likes.
+macro_rules! within_bounds {
+    ($server:expr) => {
+        $server
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
+            .accept_compressed(Gzip)
+            .accept_compressed(Zstd)
+            .send_compressed(Gzip)
+            .send_compressed(Zstd)
+    };
 }
 
-/// Serves until `stop`, then finishes the calls that run and returns. Fails at once for a listener that [`check_address`] refuses.
+/// Serves until `stop`, then finishes the calls that run and returns.
 pub async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     state: GrpcState,
     health: Health,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let address = listener.local_addr().context("the gRPC listener has no address")?;
-    check_address(address)?;
     let health_service = health.service().await;
     let router = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
@@ -93,28 +97,16 @@ pub async fn serve(
         .add_service(health_service)
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection (v1alpha)")?)
-        .add_service(
-            IngestServiceServer::new(ingest::Ingest::new(state.clone()))
-                .max_decoding_message_size(MAX_MESSAGE)
-                .max_encoding_message_size(MAX_MESSAGE),
-        )
-        .add_service(
-            ScoringServiceServer::new(scoring::Scoring::new(state))
-                .max_decoding_message_size(MAX_MESSAGE)
-                .max_encoding_message_size(MAX_MESSAGE),
-        )
-        .add_service(
-            CallsServiceServer::new(calls::Calls)
-                .max_decoding_message_size(MAX_MESSAGE)
-                .max_encoding_message_size(MAX_MESSAGE),
-        );
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        .add_service(within_bounds!(IngestServiceServer::new(ingest::Ingest::new(state.clone()))))
+        .add_service(within_bounds!(ScoringServiceServer::new(scoring::Scoring::new(state))))
+        .add_service(within_bounds!(CallsServiceServer::new(calls::Calls)));
     // However serving ends, the health task ends with it.
     let following = stop.child_token();
     let _end_with_us = following.clone().drop_guard();
-    tokio::spawn(health.follow(following));
+    tokio::spawn(health.follow(following.clone()));
 
-    tracing::info!(%address, "serving gRPC");
+    tracing::info!(%address, tls = listener.certificates().is_some(), "serving gRPC");
+    let incoming = listener.accept(following);
     tokio::select! {
         ended = router.serve_with_incoming_shutdown(incoming, stop.cancelled()) => ended.context("serving gRPC")?,
         () = grace(&stop) => tracing::warn!(grace.seconds = GRACE.as_secs(), "gRPC calls outlasted the stop and were cut off"),

@@ -24,6 +24,7 @@ impl From<Refusal> for Rejection {
         let reason = match refusal.reason {
             RefusalReason::MissingField => RejectionReason::Missing,
             RefusalReason::InvalidField | RefusalReason::InvalidJson => RejectionReason::Invalid,
+            RefusalReason::OutOfRange => RejectionReason::OutOfRange,
             RefusalReason::EventTooLarge => RejectionReason::TooLarge,
             RefusalReason::UnknownSite => RejectionReason::UnknownSite,
         };

@@ -64,6 +64,7 @@ async fn door() -> Door {
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("it is bound");
+    let listener = Listener::new(listener, Protection::Loopback).expect("on loopback");
     let stop = CancellationToken::new();
     let served = tokio::spawn(serve(listener, state, Health::of(store), stop.clone()));
     let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address is a URI");
@@ -254,24 +255,22 @@ async fn both_reflections_list_every_service() {
 }
 
 #[tokio::test]
-async fn an_address_that_others_reach_is_refused_with_the_reason() {
+async fn an_address_that_others_reach_is_refused_in_plaintext_unless_the_operator_says_so() {
     let address = |text: &str| text.parse::<SocketAddr>().expect("a test's own address");
-    for own in ["127.0.0.1:50051", "127.8.9.1:1", "[::1]:50051", "[::ffff:127.0.0.1]:50051"] {
-        assert!(check_address(address(own)).is_ok(), "{own}");
+    let loopback = ["127.0.0.1:50051", "127.8.9.1:1", "[::1]:50051", "[::ffff:127.0.0.1]:50051"];
+    let exposed = ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:50051", "[2001:db8::1]:50051"];
+    for own in loopback {
+        assert!(check_address(address(own), &Protection::Loopback).is_ok(), "{own}");
     }
-    for exposed in ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:50051", "[2001:db8::1]:50051"] {
-        let refused = check_address(address(exposed)).expect_err("others reach it");
-        assert!(refused.to_string().contains("not authenticated"), "{refused}");
+    let files = TlsFiles { cert: "/cert".into(), key: "/key".into(), client_ca: None };
+    for exposed in exposed {
+        let refused = check_address(address(exposed), &Protection::Loopback).expect_err("others reach it").to_string();
+        assert!(refused.contains("plaintext") && refused.contains("GRPC_PLAINTEXT=true"), "{refused}");
+        assert!(check_address(address(exposed), &Protection::Elsewhere).is_ok(), "the operator says so");
+        assert!(check_address(address(exposed), &Protection::Tls(files.clone())).is_ok(), "nobody can read along");
     }
 
-    let store = Store::new("postgres://nobody@127.0.0.1:1/none", 1).await.expect("the URL is one");
-    let state = GrpcState {
-        pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
-        directory: Directory::new(store.clone()),
-        gate: gate(&store),
-        store: store.clone(),
-    };
-    let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
-    let served = serve(listener, state, Health::of(store), CancellationToken::new()).await;
-    assert!(served.is_err_and(|error| error.is::<ExposedAddress>()));
+    let socket = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
+    let refused = Listener::new(socket, Protection::Loopback).err().expect("others reach it");
+    assert!(refused.is::<ExposedAddress>());
 }

@@ -126,9 +126,10 @@ impl Problem {
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal.reason {
-            RefusalReason::InvalidJson | RefusalReason::MissingField | RefusalReason::InvalidField => {
-                StatusCode::BAD_REQUEST
-            }
+            RefusalReason::InvalidJson
+            | RefusalReason::MissingField
+            | RefusalReason::InvalidField
+            | RefusalReason::OutOfRange => StatusCode::BAD_REQUEST,
             RefusalReason::EventTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             RefusalReason::UnknownSite => StatusCode::NOT_FOUND,
         };

@@ -1,8 +1,9 @@
 //! A batch in one transaction with a fixed number of statements, whatever its size.
 //!
-//! Lock the sessions by name; load them from the three months they can be in; insert the events and learn which are new; merge the new ones
+//! Pass the gates of the sites and lock the sessions by name; load them from the three months they can be in; insert the events and learn which are new; merge the new ones
 //! into their sessions (pure); lock the fingerprints; ask for their ads history; write the sessions. Only when a paid visit appeared or moved:
-//! look for the stored sessions that follow it, ask for their history, correct them.
+//! look for the stored sessions that follow it, ask for their history, correct them. Only when something came in that calls may care for:
+//! note the calls that have to be matched again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -14,6 +15,7 @@ use crate::domain::event::Event;
 use crate::domain::id::{SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
 use crate::domain::outcome::{Outcome, Receipt};
+use crate::domain::rematch::Touched;
 use crate::domain::session::Session;
 use crate::domain::signal::SignalSet;
 use crate::store::ads_history::{Follower, Visit};
@@ -28,9 +30,18 @@ struct Change {
     after: Session,
 }
 
-/// Writes events of one arrival month and commits. One outcome an event, in the same order.
-pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Vec<Outcome>, StoreError> {
-    let Some(first) = events.first() else { return Ok(Vec::new()) };
+/// What became of a batch.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    /// One outcome an event, in the same order.
+    pub outcomes: Vec<Outcome>,
+    /// Sites of which calls are to be matched again.
+    pub rematch: Vec<SiteId>,
+}
+
+/// Writes events of one arrival month and commits.
+pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, StoreError> {
+    let Some(first) = events.first() else { return Ok(Written::default()) };
     let months = Month::neighbourhood(first.arrival_month());
     debug_assert!(events.iter().all(|event| event.arrival_month() == months[1]), "a batch has one arrival month");
 
@@ -38,21 +49,24 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Vec<Outcom
     let mut visits: Vec<(SiteId, SessionId)> = events.iter().map(|event| (event.site_id, event.session_id)).collect();
     visits.sort_unstable();
     visits.dedup();
-    locks::take(&tx, visits.iter().map(|(site, id)| LockName::session(*site, *id)).collect()).await?;
+    let sites: Vec<SiteId> = visits.iter().map(|(site, _)| *site).collect();
+    locks::pass(&tx, &sites, visits.iter().map(|(site, id)| LockName::session(*site, *id)).collect()).await?;
     let stored = known_by_visit(store::sessions::load(&tx, months, &visits).await?);
 
     let placed = place(events, &stored);
     let new = insert(&tx, &placed).await?;
     let mut changes = merge(&placed, &new, stored);
+    let mut rematch = Vec::new();
     if changes.values().any(|change| change.before.as_ref() != Some(&change.after)) {
         attribute(&tx, &mut changes).await?;
         let sessions: Vec<&Session> = changes.values().map(|change| &change.after).collect();
         store::sessions::upsert(&tx, &sessions).await?;
-        correct_followers(&tx, &changes).await?;
+        let corrected = correct_followers(&tx, &changes).await?;
+        rematch = store::rematches::note(&tx, &touched(&changes, &placed, &new, corrected)).await?;
     }
     tx.commit().await?;
 
-    Ok(placed
+    let outcomes = placed
         .iter()
         .enumerate()
         .map(|(place, (key, event))| {
@@ -68,7 +82,30 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Vec<Outcom
             };
             if new.contains(&place) { Outcome::Stored(receipt) } else { Outcome::Duplicate(receipt) }
         })
-        .collect())
+        .collect();
+    Ok(Written { outcomes, rematch })
+}
+
+/// What calls may care for: the sessions that changed, with their new events, and the followers that were corrected.
+fn touched(
+    changes: &BTreeMap<SessionKey, Change>,
+    placed: &[(SessionKey, &Event)],
+    new: &HashSet<usize>,
+    corrected: Vec<SessionKey>,
+) -> Touched {
+    let mut by_session: HashMap<SessionKey, Vec<&Event>> = HashMap::new();
+    for (place, (key, event)) in placed.iter().enumerate() {
+        if new.contains(&place) {
+            by_session.entry(*key).or_default().push(event);
+        }
+    }
+    let mut touched = Touched::default();
+    for (key, change) in changes.iter().filter(|(_, change)| change.before.as_ref() != Some(&change.after)) {
+        let events = by_session.remove(key).unwrap_or_default();
+        touched.by_session(change.before.as_ref(), &change.after, &events);
+    }
+    corrected.into_iter().for_each(|key| touched.credited(key));
+    touched
 }
 
 /// Stored sessions by visit. A visit has one session; were there two, the earlier month is the one that everybody follows.
@@ -152,8 +189,11 @@ async fn attribute(tx: &Transaction<'_>, changes: &mut BTreeMap<SessionKey, Chan
     Ok(())
 }
 
-/// Looks again at stored sessions whose earlier paid visit appeared or moved with this batch.
-async fn correct_followers(tx: &Transaction<'_>, changes: &BTreeMap<SessionKey, Change>) -> Result<(), StoreError> {
+/// Looks again at stored sessions whose earlier paid visit appeared or moved with this batch; those that it corrected.
+async fn correct_followers(
+    tx: &Transaction<'_>,
+    changes: &BTreeMap<SessionKey, Change>,
+) -> Result<Vec<SessionKey>, StoreError> {
     let reaches: Vec<Reach> =
         changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after)).collect();
     let known: Vec<SessionKey> = changes.keys().copied().collect();
@@ -168,7 +208,8 @@ async fn correct_followers(tx: &Transaction<'_>, changes: &BTreeMap<SessionKey, 
         })
         .filter(|(follower, attribution)| follower.attribution != *attribution)
         .collect();
-    store::ads_history::correct(tx, &fixes).await
+    store::ads_history::correct(tx, &fixes).await?;
+    Ok(fixes.into_iter().map(|(follower, _)| follower.visit.key).collect())
 }
 
 /// For each visit: is there an earlier paid visit in its window, in the table or among the batch's own sessions?

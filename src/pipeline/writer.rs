@@ -6,12 +6,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use super::PipelineConfig;
 use super::batch;
+use crate::calls;
 use crate::domain::event::Event;
-use crate::domain::id::DeadLetterId;
+use crate::domain::id::{DeadLetterId, SiteId};
 use crate::domain::job::Job;
 use crate::domain::month::Month;
 use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
@@ -28,6 +29,8 @@ const PAUSES: [Duration; 4] =
 /// No further try that would begin later than this after the batch's oldest event came in: whoever waited behind others that found the
 /// database away does not wait for the same news once more.
 const RETRY_WITHIN: Duration = Duration::from_millis(1500);
+/// Whoever waits for an event's answer does not wait longer than this for calls that it touches.
+const REMATCH_WITHIN: Duration = Duration::from_secs(1);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
 
@@ -102,7 +105,10 @@ impl Writer {
         loop {
             let written = timeout_at(deadline, batch::write(&self.store, &events)).await;
             let error = match written {
-                Ok(Ok(outcomes)) => return Ok(outcomes),
+                Ok(Ok(written)) => {
+                    self.rematch(&written.rematch).await;
+                    return Ok(written.outcomes);
+                }
                 Ok(Err(error)) => error,
                 Err(_) => return Err(StoreError::too_slow("write batch")),
             };
@@ -123,6 +129,17 @@ impl Writer {
                 return Err(error);
             }
             tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Matches again the calls that the batch has touched. They are noted, so what fails here is done soon after.
+    async fn rematch(&self, sites: &[SiteId]) {
+        for site in sites {
+            match timeout(REMATCH_WITHIN, calls::settle(&self.store, *site)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, site.id = %site, "calls are matched again later"),
+                Err(_) => tracing::warn!(site.id = %site, "calls are matched again later: it takes too long"),
+            }
         }
     }
 

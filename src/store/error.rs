@@ -74,7 +74,7 @@ impl StoreError {
     }
 
     /// A row that our own code cannot read back: the schema is not the one this program was built for.
-    pub(super) fn unreadable(operation: &'static str, why: impl fmt::Display) -> Self {
+    pub fn unreadable(operation: &'static str, why: impl fmt::Display) -> Self {
         Self::away(operation, format_args!("unreadable row: {why}"))
     }
 }

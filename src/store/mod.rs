@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 pub mod ads_history;
+pub mod calls;
 pub mod dead_letters;
 pub mod error;
 pub mod events;
@@ -13,6 +14,7 @@ pub mod locks;
 pub mod migrate;
 pub mod partitions;
 pub mod pool;
+pub mod rematches;
 pub mod scoring;
 pub mod sessions;
 pub mod sites;

@@ -9,7 +9,7 @@ use super::sessions;
 use super::statement::Months;
 use super::transaction::Transaction;
 use crate::domain::ads_history::{WINDOW, months_between};
-use crate::domain::id::{SessionId, SessionKey, SiteId};
+use crate::domain::id::{CallId, SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
 use crate::domain::session::Session;
 
@@ -107,7 +107,7 @@ pub async fn latest_earlier_ad(tx: &Transaction<'_>, session: &Session) -> Resul
 /// A call that found its session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatchedCall {
-    pub id: Uuid,
+    pub id: CallId,
     pub started_at: DateTime<Utc>,
 }
 
@@ -116,7 +116,7 @@ pub async fn first_call(tx: &Transaction<'_>, key: SessionKey) -> Result<Option<
     let params: [&(dyn ToSql + Sync); 3] = [&key.site_id.as_uuid(), &key.month.first_day(), &key.id.as_uuid()];
     let rows = tx.query(&FIRST_CALL_OF_SESSION, &params).await?;
     let read = |row: &tokio_postgres::Row| -> Result<MatchedCall, tokio_postgres::Error> {
-        Ok(MatchedCall { id: row.try_get(0)?, started_at: row.try_get(1)? })
+        Ok(MatchedCall { id: CallId::from_uuid(row.try_get(0)?), started_at: row.try_get(1)? })
     };
     rows.first().map(read).transpose().map_err(|error| StoreError::unreadable(FIRST_CALL_OF_SESSION.name, error))
 }

@@ -24,7 +24,7 @@ use crate::domain::signal::{Signal, SignalSet};
 use crate::domain::traffic::{Traffic, TrafficRule};
 
 /// Columns that are not first-told texts, in the order of [`Columns::params`] and [`read`].
-const OWN_COLUMNS: [&str; 19] = [
+const OWN_COLUMNS: [&str; 20] = [
     "site_id",
     "created_month",
     "id",
@@ -44,6 +44,7 @@ const OWN_COLUMNS: [&str; 19] = [
     "cta_hovers",
     "focus_dur",
     "active_sec",
+    "call_signals",
 ];
 
 /// First-told texts with a column of their own.
@@ -133,6 +134,7 @@ crate::statement!(
         INT4_ARRAY,
         INT4_ARRAY,
         INT4_ARRAY,
+        INT4_ARRAY,
         TEXT_ARRAY,
         TEXT_ARRAY,
         TEXT_ARRAY,
@@ -171,6 +173,27 @@ crate::statement!(
     }
 );
 
+crate::statement!(
+    LOAD_SESSIONS_BY_KEY,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE, DATE_ARRAY, UUID_ARRAY],
+    format!(
+        "SELECT {columns} FROM public.sessions s \
+         JOIN unnest($4, $5) AS wanted (month, id) ON s.created_month = wanted.month AND s.id = wanted.id \
+         WHERE s.site_id = $1 AND s.created_month BETWEEN $2 AND $3 ORDER BY s.created_month, s.id",
+        columns = COLUMN_NAMES.iter().map(|name| format!("s.{name}")).collect::<Vec<_>>().join(", "),
+    )
+);
+
+crate::statement!(
+    SET_CALL_SIGNALS,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE, DATE_ARRAY, UUID_ARRAY, INT4_ARRAY, INT4_ARRAY, INT2_ARRAY],
+    "UPDATE public.sessions s SET call_signals = new.call_signals, signals = new.signals, lead_score = new.lead_score \
+     FROM unnest($4, $5, $6, $7, $8) AS new (month, id, call_signals, signals, lead_score) \
+     WHERE s.site_id = $1 AND s.created_month = new.month AND s.created_month BETWEEN $2 AND $3 AND s.id = new.id"
+);
+
 /// The sessions with these ids in any of three months (the month of an arrival and its neighbours).
 pub async fn load(
     tx: &Transaction<'_>,
@@ -189,6 +212,41 @@ pub async fn find(tx: &Transaction<'_>, key: SessionKey) -> Result<Option<Sessio
     let rows = tx.query(&FIND_SESSION, &params).await?;
     let session = rows.first().map(read).transpose();
     session.map_err(|error| StoreError::unreadable(FIND_SESSION.name, error))
+}
+
+/// Sessions of one site by their keys, sorted by them. The caller has closed the site's gate.
+pub async fn load_keys(tx: &Transaction<'_>, site: SiteId, keys: &[SessionKey]) -> Result<Vec<Session>, StoreError> {
+    let Some((from, to)) = span(keys.iter().copied()) else { return Ok(Vec::new()) };
+    let months: Vec<chrono::NaiveDate> = keys.iter().map(|key| key.month.first_day()).collect();
+    let ids: Vec<Uuid> = keys.iter().map(|key| key.id.as_uuid()).collect();
+    let rows = tx.query(&LOAD_SESSIONS_BY_KEY, &[&site.as_uuid(), &from, &to, &months, &ids]).await?;
+    rows.iter().map(|row| read(row).map_err(|error| StoreError::unreadable(LOAD_SESSIONS_BY_KEY.name, error))).collect()
+}
+
+/// Writes what calls raise, with the signals and the score that follow from it. The caller has closed the site's gate.
+pub async fn set_call_signals(tx: &Transaction<'_>, site: SiteId, sessions: &[Session]) -> Result<(), StoreError> {
+    let Some((from, to)) = span(sessions.iter().map(|session| session.key)) else { return Ok(()) };
+    fn column<T>(sessions: &[Session], pick: impl Fn(&Session) -> T) -> Vec<T> {
+        sessions.iter().map(pick).collect()
+    }
+    let params: [&(dyn ToSql + Sync); 8] = [
+        &site.as_uuid(),
+        &from,
+        &to,
+        &column(sessions, |session| session.key.month.first_day()),
+        &column(sessions, |session| session.key.id.as_uuid()),
+        &column(sessions, |session| session.call_signals.bits()),
+        &column(sessions, |session| session.signals().bits()),
+        &column(sessions, |session| i16::from(session.score().get())),
+    ];
+    tx.query(&SET_CALL_SIGNALS, &params).await?;
+    Ok(())
+}
+
+/// The first and the last month of these keys.
+fn span(keys: impl Iterator<Item = SessionKey> + Clone) -> Option<(chrono::NaiveDate, chrono::NaiveDate)> {
+    let months = keys.map(|key| key.month);
+    Some((months.clone().min()?.first_day(), months.max()?.first_day()))
 }
 
 /// Writes sessions whole. `sessions` are sorted and distinct by key, and locked.
@@ -216,6 +274,7 @@ struct Columns<'s> {
     click_ids: Vec<Value>,
     provenance: Vec<Value>,
     gauges: [Vec<Option<i32>>; 5],
+    call_signals: Vec<i32>,
     texts: [Vec<Option<&'s str>>; TEXT_COLUMNS.len()],
 }
 
@@ -249,6 +308,7 @@ impl<'s> Columns<'s> {
         {
             column.push(gauge);
         }
+        self.call_signals.push(session.call_signals.bits());
         for (column, (field, _)) in self.texts.iter_mut().zip(TEXT_COLUMNS) {
             column.push(session.first(field));
         }
@@ -272,6 +332,7 @@ impl<'s> Columns<'s> {
             &self.provenance,
         ];
         params.extend(self.gauges.iter().map(|column| column as &(dyn ToSql + Sync)));
+        params.push(&self.call_signals);
         params.extend(self.texts.iter().map(|column| column as &(dyn ToSql + Sync)));
         params
     }
@@ -322,7 +383,10 @@ pub(super) fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Sen
 
     let attribution: &str = row.try_get("attribution")?;
     let attribution = Attribution::from_name(attribution).ok_or("unknown attribution")?;
+    let call_signals = SignalSet::from_bits(row.try_get("call_signals")?);
+    // What calls raise counts as an event's, too, only if an event told it.
     let own = SignalSet::from_bits(row.try_get("signals")?).without(Signal::ReturningAdsAssisted);
+    let own = own.iter().filter(|signal| told_signals.contains_key(signal) || !call_signals.contains(*signal));
     Ok(Session {
         key,
         created_at,
@@ -341,7 +405,8 @@ pub(super) fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Sen
             focus_dur: row.try_get("focus_dur")?,
             active_sec: row.try_get("active_sec")?,
         },
-        raised: own.iter().map(|signal| (signal, told_signals.get(&signal).copied().unwrap_or(untold))).collect(),
+        raised: own.map(|signal| (signal, told_signals.get(&signal).copied().unwrap_or(untold))).collect(),
+        call_signals,
         ads_assisted: attribution == Attribution::AdsAssisted,
     })
 }

@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::Store;
 use super::error::StoreError;
 use super::statement::Months;
-use super::transaction::{Purpose, Reader};
+use super::transaction::{Purpose, Reader, Transaction};
 use crate::domain::id::SiteId;
 use crate::domain::origin::Origin;
 use crate::domain::site::Site;
@@ -47,6 +47,15 @@ crate::statement!(
     [],
     "SELECT id, public_id, domain, origins, region, name FROM public.sites ORDER BY created_at, id"
 );
+
+crate::statement!(SITE_REGION, Months::None, [UUID], "SELECT region FROM public.sites WHERE id = $1");
+
+/// The country in which the site's national telephone numbers are read.
+pub async fn region(tx: &Transaction<'_>, id: SiteId) -> Result<Option<String>, StoreError> {
+    let rows = tx.query(&SITE_REGION, &[&id.as_uuid()]).await?;
+    let region = rows.first().map(|row| row.try_get(0)).transpose();
+    Ok(region.map_err(|error| StoreError::unreadable(SITE_REGION.name, error))?.flatten())
+}
 
 fn site(row: &tokio_postgres::Row) -> Result<Site, StoreError> {
     let read = || -> Result<Site, tokio_postgres::Error> {

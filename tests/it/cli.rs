@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::kill;
+use nix::sys::signal::{self, kill};
 use nix::unistd::Pid;
 use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
 use opsmantik::grpc::proto::{ScoreSignalsRequest, Signal};
@@ -342,7 +342,10 @@ async fn dev_raises_everything_and_what_it_prints_works_and_its_data_stays() {
     assert_eq!(shell(&ask(&again, landing)).await, expected, "the data stayed");
     // The page's origins are new ones, and allowed.
     assert!(shell(&again.curl).await.contains("200 OK"));
-    again.program.stop(Duration::from_secs(15)).await;
+    // A closed terminal stops it, too.
+    again.program.signal(signal::Signal::SIGHUP);
+    assert_eq!(again.program.ended().await.code(), Some(0), "{}", again.program.said());
+    assert_eq!(postgres_of(&data_dir), None, "nothing is left behind");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,11 +5,13 @@
 
 mod any_body;
 mod browser;
+mod calls;
 mod cli;
 mod clients;
 mod cluster;
 mod grpc;
 mod http;
+mod manners;
 mod merge;
 mod pipeline;
 mod process;
@@ -18,4 +20,5 @@ mod schema;
 mod scoring;
 mod statements;
 mod support;
+mod tls;
 mod worker;

@@ -1,11 +1,14 @@
-//! The one idea: what is stored is a function of the set of distinct events, and of nothing else.
+//! The one idea: what is stored is a function of the set of distinct events and pushes of calls, and of nothing else.
 
 use std::time::Duration;
 
 use chrono::TimeDelta;
+use opsmantik::calls::{Calls, Failed};
+use opsmantik::domain::call::Status;
 use opsmantik::domain::event::Event;
 use opsmantik::domain::id::SiteId;
-use opsmantik::domain::outcome::Outcome;
+use opsmantik::domain::outcome::{Outcome, Unavailable};
+use opsmantik::domain::push::{Draft, Push};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use rand::rngs::StdRng;
@@ -13,6 +16,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 
+use crate::support::calls::{BUSINESS, call, ended, push, with_fingerprint};
 use crate::support::database::{Database, database};
 use crate::support::events::{Spec, at};
 
@@ -61,13 +65,41 @@ fn history(rng: &mut StdRng) -> Vec<Event> {
             if paid && (n == 0 || rng.random_bool(0.5)) {
                 spec = spec.url(&format!("https://a.example/?gclid=g{id}&utm_source=s{id}"));
             }
-            if rng.random_bool(0.2) {
-                spec = spec.action("phone_call");
+            if rng.random_bool(0.3) {
+                spec = spec.clicks(BUSINESS);
             }
             events.push(spec.event(site));
         }
     }
     events
+}
+
+/// Calls around some of the events, each told in a few parts: when it began, who called, whose browser it was, how it ended.
+fn telephone(rng: &mut StdRng, round: u64, events: &[Event]) -> Vec<Push> {
+    let mut pushes = Vec::new();
+    for n in 0..60 {
+        let near = &events[rng.random_range(0..events.len())];
+        let began = near.occurred_at + TimeDelta::seconds(rng.random_range(-200..2000));
+        let call = call(&format!("call-{round}-{n}"), began);
+        let unknown = Draft { caller_number: None, started_at: Some(began + TimeDelta::seconds(70)), ..call.clone() };
+        let fingerprint = format!("f{}", rng.random_range(0..6));
+        let known = rng.random_bool(0.4);
+        let parts = [
+            unknown.clone(),
+            call.clone(),
+            if known { with_fingerprint(unknown.clone(), &fingerprint) } else { unknown.clone() },
+            ended(unknown.clone(), Status::InProgress, 1),
+            ended(unknown, Status::Completed, 17),
+        ];
+        pushes.extend(parts.map(|part| push(near.site_id, part)));
+    }
+    pushes
+}
+
+/// What calls come to. When they were matched and written is not part of the idea.
+async fn calls_of(database: &Database) -> Vec<serde_json::Value> {
+    let whole = "to_jsonb(c) - '{matched_at,created_at,updated_at}'::text[]";
+    database.rows(&format!("SELECT {whole} AS call FROM calls c ORDER BY site_id, id")).await
 }
 
 fn pipeline(database: &Database, writers: usize, batch: usize) -> Pipeline {
@@ -97,6 +129,11 @@ async fn any_order_repetition_batching_and_number_of_writers_stores_the_same() {
             assert_durable(&one_by_one.submit(vec![event.clone()]).await);
         }
         one_by_one.drain().await;
+        let pushes = telephone(&mut rng, seed, &events);
+        for push in &pushes {
+            let recorded = Calls::new(reference.store.clone()).record(push.key.site_id(), vec![push.clone()]).await;
+            recorded.expect("the database answers");
+        }
 
         let shuffled = prepared().await;
         // Two servers on one database, each with several writers.
@@ -104,13 +141,31 @@ async fn any_order_repetition_batching_and_number_of_writers_stores_the_same() {
         let mut deliveries: Vec<Event> = events.iter().cloned().chain(events.iter().cloned()).collect();
         deliveries.shuffle(&mut rng);
         let mut waiting = tokio::task::JoinSet::new();
-        while !deliveries.is_empty() {
+        let (calls, mut ringing) = (Calls::new(shuffled.store.clone()), tokio::task::JoinSet::new());
+        let mut told: Vec<Push> = pushes.iter().cloned().chain(pushes.iter().cloned()).collect();
+        told.shuffle(&mut rng);
+        while !deliveries.is_empty() || !told.is_empty() {
+            for push in told.split_off(told.len() - told.len().min(rng.random_range(0..40))) {
+                let calls = calls.clone();
+                ringing.spawn(async move {
+                    // More at once than there are seats: a provider that is told to come again does.
+                    while let Err(failed) = calls.record(push.key.site_id(), vec![push.clone()]).await {
+                        assert!(matches!(failed, Failed::Unavailable(Unavailable::Busy)), "{failed}");
+                    }
+                });
+            }
+            if deliveries.is_empty() {
+                continue;
+            }
             let batch = deliveries.split_off(deliveries.len() - rng.random_range(1..=deliveries.len().min(40)));
             let server = servers[rng.random_range(0..2)].clone();
             waiting.spawn(async move { server.submit(batch).await });
         }
         while let Some(outcomes) = waiting.join_next().await {
             assert_durable(&outcomes.expect("no panic"));
+        }
+        while let Some(recorded) = ringing.join_next().await {
+            recorded.expect("no panic");
         }
         for server in servers {
             server.drain().await;
@@ -124,9 +179,17 @@ async fn any_order_repetition_batching_and_number_of_writers_stores_the_same() {
             }
             assert_eq!(expected.len(), stored.len(), "{table}, seed {seed}");
         }
+        let (expected, stored) = (calls_of(&reference).await, calls_of(&shuffled).await);
+        assert_eq!(stored.len(), 60, "each call once");
+        for (expected, stored) in expected.iter().zip(&stored) {
+            assert_eq!(expected, stored, "calls, seed {seed}");
+        }
+        assert_eq!(shuffled.count("SELECT count(*) FROM opsmantik.call_rematches").await, 0, "nothing waits");
+        let methods = shuffled.count("SELECT count(DISTINCT match_method) FROM calls").await;
+        assert_eq!(methods, 4, "the calls have something of everything");
         let assisted = "SELECT count(*) FROM sessions WHERE attribution = 'Ads-Assisted'";
         assert!(shuffled.count(assisted).await > 3, "the history has something to find");
-        reference.admin.batch_execute("TRUNCATE events, sessions CASCADE").await.expect("an empty reference");
+        reference.admin.batch_execute("TRUNCATE events, sessions, calls CASCADE").await.expect("an empty reference");
     }
 }
 

@@ -40,10 +40,12 @@ fn sample(statement: &Statement, site: SiteId) -> (Vec<Box<dyn ToSql + Sync + Se
             }
             Type::UUID => Box::new(site.as_uuid()),
             Type::UUID_ARRAY => Box::new(vec![site.as_uuid()]),
-            Type::TEXT => Box::new("Direct-to-Ads"),
+            // Reads as a number, too: what is cast is cast when the statement is planned.
+            Type::TEXT => Box::new("1"),
             Type::TEXT_ARRAY => Box::new(vec!["Direct-to-Ads"]),
             Type::TIMESTAMPTZ => Box::new(instant),
             Type::TIMESTAMPTZ_ARRAY => Box::new(vec![instant]),
+            Type::BYTEA_ARRAY => Box::new(vec![vec![7u8; 32]]),
             Type::BYTEA => Box::new(vec![7u8; 32]),
             Type::INT2_ARRAY => Box::new(vec![1i16]),
             Type::INT4 => Box::new(1i32),

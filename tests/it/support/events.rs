@@ -23,6 +23,7 @@ pub struct Spec {
     pub url: String,
     pub fingerprint: Option<String>,
     pub action: String,
+    pub label: Option<String>,
 }
 
 impl Spec {
@@ -35,6 +36,7 @@ impl Spec {
             url: format!("https://a.example/page-{id}"),
             fingerprint: None,
             action: "view".to_owned(),
+            label: None,
         }
     }
 
@@ -58,6 +60,12 @@ impl Spec {
         self
     }
 
+    /// A click on a telephone number.
+    pub fn clicks(mut self, number: &str) -> Self {
+        self.label = Some(format!("tel:{number}"));
+        self.action("phone_call")
+    }
+
     pub fn event(&self, site: SiteId) -> Event {
         let mut meta = json!({"scroll_pct": self.id % 101, "exit_page": format!("/exit-{}", self.id)});
         if let Some(fingerprint) = &self.fingerprint {
@@ -70,6 +78,7 @@ impl Spec {
             month_hint: self.month_hint.clone(),
             category: Some("interaction".to_owned()),
             action: Some(self.action.clone()),
+            label: self.label.clone(),
             meta: meta.as_object().cloned().unwrap_or_default(),
             ..Draft::default()
         };

@@ -4,9 +4,11 @@
 
 pub mod app;
 pub mod browser;
+pub mod calls;
 pub mod cluster;
 pub mod database;
 pub mod events;
+pub mod metrics;
 pub mod process;
 pub mod qstash;
 pub mod stage;

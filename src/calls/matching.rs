@@ -1,0 +1,135 @@
+//! Finds what speaks for calls, lets the domain decide, and writes what changed: the calls, and the sessions that they are credited to.
+//!
+//! Runs with the site's gate closed, so the events and sessions of the site stand still.
+
+use std::collections::{BTreeSet, HashSet};
+
+use chrono::{DateTime, Utc};
+
+use crate::domain::attribution::Attribution;
+use crate::domain::call::{CallKey, MatchMethod};
+use crate::domain::event::is_call_action;
+use crate::domain::id::{SessionKey, SiteId};
+use crate::domain::matching::{self, Candidate, Click, Facts, Match};
+use crate::domain::recorded::{Call, Found};
+use crate::domain::session::with_history;
+use crate::domain::signal::{Signal, SignalSet};
+use crate::store;
+use crate::store::calls::{Conversion, Standing};
+use crate::store::error::StoreError;
+use crate::store::transaction::Transaction;
+
+/// Matches the open ones of `calls` and writes those that changed by it, and those with a key in `told`; all of them as they are stored then.
+pub(super) async fn settle(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    mut calls: Vec<Call>,
+    told: &[CallKey],
+) -> Result<Vec<Call>, StoreError> {
+    let told: HashSet<&CallKey> = told.iter().collect();
+    let region = store::sites::region(tx, site).await?;
+    let mut stale = HashSet::new();
+    let mut credits: BTreeSet<SessionKey> = BTreeSet::new();
+    let open: Vec<usize> = (0..calls.len()).filter(|place| calls[*place].is_open()).collect();
+    let asked: Vec<&Call> = open.iter().map(|place| &calls[*place]).collect();
+    let found = find(tx, site, &asked, region.as_deref()).await?;
+    let now = Utc::now();
+    for (place, found) in open.into_iter().zip(found) {
+        let call = &mut calls[place];
+        if call.matched_at.is_some() && call.found == found {
+            continue;
+        }
+        if call.credited().map(|credit| credit.session) != found.decision.credited.as_ref().map(|credit| credit.session)
+        {
+            credits.extend(call.credited().map(|credit| credit.session));
+            credits.extend(found.decision.credited.as_ref().map(|credit| credit.session));
+        }
+        call.found = found;
+        call.matched_at = Some(now);
+        stale.insert(call.id);
+    }
+    let (write, same): (Vec<Call>, Vec<Call>) =
+        calls.into_iter().partition(|call| stale.contains(&call.id) || told.contains(&call.key));
+    let mut written = store::calls::write(tx, site, &write).await?;
+    credit(tx, site, &credits).await?;
+    written.extend(same);
+    Ok(written)
+}
+
+/// The match of each call, with what is frozen of the session that it is credited to.
+async fn find(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    calls: &[&Call],
+    region: Option<&str>,
+) -> Result<Vec<Found>, StoreError> {
+    let inbound: Vec<&Call> = calls.iter().copied().filter(|call| call.is_inbound()).collect();
+    let activity = store::calls::activity(tx, site, &inbound).await?;
+    let conversions = store::calls::conversions(tx, site, &inbound).await?;
+    let mut seen = activity.into_iter().zip(conversions);
+    let decide = |call: &&Call| {
+        let (activity, conversions) =
+            if call.is_inbound() { seen.next().unwrap_or_default() } else { Default::default() };
+        let clicks: Vec<Click> = conversions.into_iter().filter_map(|conversion| click(conversion, region)).collect();
+        matching::decide(&Facts::of(site, &call.told), &activity, &clicks)
+    };
+    let decisions = calls.iter().map(decide).collect();
+    freeze(tx, site, calls, decisions).await
+}
+
+/// A conversion as a click on a number, if it is one.
+fn click(conversion: Conversion, region: Option<&str>) -> Option<Click> {
+    let Conversion { session, fingerprint, event, at, action, label } = conversion;
+    is_call_action(&action).then(|| Click::read(session, fingerprint, (event, at), (&action, label.as_deref()), region))
+}
+
+/// What was there of each credited session's score when the call came.
+async fn freeze(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    calls: &[&Call],
+    decisions: Vec<Match>,
+) -> Result<Vec<Found>, StoreError> {
+    // The click that led to the call came before it, even if the clocks say otherwise.
+    let until = |call: &Call, decision: &Match, credit: &Candidate| match decision.method {
+        MatchMethod::Click => call.told.started_at.max(credit.at),
+        MatchMethod::Fingerprint | MatchMethod::Ambiguous | MatchMethod::Unmatched => call.told.started_at,
+    };
+    let asked: Vec<(SessionKey, DateTime<Utc>)> = calls
+        .iter()
+        .zip(&decisions)
+        .filter_map(|(call, decision)| {
+            let credit = decision.credited.as_ref()?;
+            Some((credit.session, until(call, decision, credit)))
+        })
+        .collect();
+    let mut standings = store::calls::standings(tx, site, &asked).await?.into_iter();
+    Ok(decisions
+        .into_iter()
+        .map(|mut decision| {
+            let mut signals = SignalSet::EMPTY;
+            if let Some(credit) = decision.credited.as_mut() {
+                let Standing { raised, attribution, fingerprint } = standings.next().unwrap_or_default();
+                signals = with_history(raised, attribution.unwrap_or(Attribution::OrganicReferral));
+                credit.fingerprint = fingerprint;
+            }
+            Found { decision, signals }
+        })
+        .collect())
+}
+
+/// Settles for each session whether a call is credited to it, and with that its signals and score.
+async fn credit(tx: &Transaction<'_>, site: SiteId, sessions: &BTreeSet<SessionKey>) -> Result<(), StoreError> {
+    if sessions.is_empty() {
+        return Ok(());
+    }
+    let keys: Vec<SessionKey> = sessions.iter().copied().collect();
+    let credited: HashSet<SessionKey> = store::calls::credited(tx, site, &keys).await?.into_iter().collect();
+    let mut changed = store::sessions::load_keys(tx, site, &keys).await?;
+    changed.retain_mut(|session| {
+        let raised: SignalSet =
+            credited.contains(&session.key).then_some(Signal::PrimaryConversion).into_iter().collect();
+        std::mem::replace(&mut session.call_signals, raised) != raised
+    });
+    store::sessions::set_call_signals(tx, site, &changed).await
+}

@@ -1,0 +1,321 @@
+//! From pushes to matched calls: one transaction a site, which sees all of the site's events or waits for them.
+//!
+//! ```text
+//! record ─▶ close the site's gate ─▶ merge the pushes ─▶ find candidates, decide (domain) ─▶ write calls ─▶ credit sessions ─▶ commit
+//! settle ─▶ the same for calls that something late has touched (noted by the pipeline in its own transaction)
+//! ```
+//!
+//! Whoever writes events of a site passes its gate, whoever matches closes it; so a call that is pushed before its click is processed
+//! ends with the same match as one that is pushed after, whatever races. What was noted and not settled, because a server died in between, the
+//! [`sweep`] settles.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_util::sync::CancellationToken;
+
+use crate::domain::call::ReviewStatus;
+use crate::domain::id::{CallId, SiteId, UserId};
+use crate::domain::month::Month;
+use crate::domain::outcome::Unavailable;
+use crate::domain::push::Push;
+use crate::domain::recorded::{Call, Sale};
+use crate::store::error::{Fault, StoreError};
+use crate::store::transaction::{Purpose, Transaction};
+use crate::store::{self, Store, locks};
+use crate::telemetry;
+
+pub mod caller_key;
+mod matching;
+
+/// Most calls of one transaction: the gate of the site is closed meanwhile.
+const CHUNK: usize = 100;
+/// A conflict is tried again at once, this often.
+const CONFLICT_TRIES: usize = 10;
+/// How often the sweep looks.
+const SWEEP_EVERY: Duration = Duration::from_secs(2);
+/// Sites that one look settles.
+const SWEEP_SITES: i64 = 100;
+
+/// Transactions at once: each holds a connection, also while it waits for its site's gate.
+const SEATS: usize = 3;
+/// Nobody waits longer for a seat.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Records and judges calls. Clones share the seats.
+#[derive(Clone)]
+pub struct Calls {
+    store: Store,
+    seats: Arc<Semaphore>,
+}
+
+/// What a push did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    Created,
+    Merged,
+    Unchanged,
+}
+
+/// A call after a push.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recorded {
+    pub call: Call,
+    pub effect: Effect,
+}
+
+/// What a person says about a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    Confirm(Option<Sale>),
+    Junk,
+    Reopen,
+}
+
+impl Decision {
+    fn status(&self) -> ReviewStatus {
+        match self {
+            Self::Confirm(_) => ReviewStatus::Confirmed,
+            Self::Junk => ReviewStatus::Junk,
+            Self::Reopen => ReviewStatus::Open,
+        }
+    }
+
+    fn sale(&self) -> Option<&Sale> {
+        match self {
+            Self::Confirm(sale) => sale.as_ref(),
+            Self::Junk | Self::Reopen => None,
+        }
+    }
+}
+
+impl Calls {
+    pub fn new(store: Store) -> Self {
+        Self { store, seats: Arc::new(Semaphore::new(SEATS)) }
+    }
+
+    async fn seat(&self) -> Result<SemaphorePermit<'_>, Failed> {
+        let seat = tokio::time::timeout(PATIENCE, self.seats.acquire()).await;
+        seat.ok().and_then(Result::ok).ok_or(Failed::Unavailable(Unavailable::Busy))
+    }
+
+    /// Records pushes of one site and matches their calls. One result a push, in the same order; a call that is pushed twice here tells
+    /// its final state both times. When this fails some may be recorded; pushing all again is harmless.
+    pub async fn record(&self, site: SiteId, pushes: Vec<Push>) -> Result<Vec<Recorded>, Failed> {
+        // Calls of one month look for their visits in the same few partitions.
+        let mut by_month: Vec<(usize, Push)> = pushes.into_iter().enumerate().collect();
+        by_month.sort_by_key(|(place, push)| (Month::of(push.started_at), *place));
+        let mut recorded: Vec<Option<Recorded>> = vec![None; by_month.len()];
+        for month in by_month.chunk_by(|(_, one), (_, other)| Month::of(one.started_at) == Month::of(other.started_at))
+        {
+            for chunk in month.chunks(CHUNK) {
+                let _seat = self.seat().await?;
+                let pushes: Vec<&Push> = chunk.iter().map(|(_, push)| push).collect();
+                let results = patiently(|| record_once(&self.store, site, &pushes)).await?;
+                for ((place, _), result) in chunk.iter().zip(results) {
+                    recorded[*place] = Some(result);
+                }
+            }
+        }
+        Ok(recorded.into_iter().flatten().collect())
+    }
+
+    /// Judges a call on behalf of a token; nothing if the site has no such call.
+    pub async fn review(
+        &self,
+        site: SiteId,
+        id: CallId,
+        decision: &Decision,
+        signature: &str,
+    ) -> Result<Option<Call>, Failed> {
+        let _seat = self.seat().await?;
+        Ok(patiently(|| review_once(&self.store, site, id, decision, signature)).await?)
+    }
+
+    /// Judges a call as a person: the policies of the database decide whether they may. Nothing if there is no such call that they may
+    /// judge.
+    pub async fn review_as(
+        &self,
+        user: UserId,
+        site: SiteId,
+        id: CallId,
+        decision: &Decision,
+        signature: &str,
+    ) -> Result<Option<Call>, Failed> {
+        let _seat = self.seat().await?;
+        let judged = patiently(|| review_as_once(&self.store, user, site, id, decision, signature)).await?;
+        if let (Some(_), Decision::Reopen) = (&judged, decision) {
+            // The database has noted it; what fails here is done by the sweep.
+            if let Err(error) = settle(&self.store, site).await {
+                tracing::warn!(%error, site.id = %site, "an opened call is matched again later");
+            }
+        }
+        Ok(judged)
+    }
+}
+
+/// Why a call could not be recorded or judged.
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    #[error("nothing can be stored now")]
+    Unavailable(Unavailable),
+    /// PostgreSQL will never take it.
+    #[error("the database refuses it: {0}")]
+    Refused(StoreError),
+}
+
+impl From<StoreError> for Failed {
+    fn from(error: StoreError) -> Self {
+        match error.fault {
+            Fault::Refused | Fault::UnknownSite => Self::Refused(error),
+            Fault::Away | Fault::Conflict | Fault::MissingPartition => {
+                tracing::warn!(%error, "calls cannot be stored now");
+                Self::Unavailable(Unavailable::Database)
+            }
+        }
+    }
+}
+
+async fn record_once(store: &Store, site: SiteId, pushes: &[&Push]) -> Result<Vec<Recorded>, StoreError> {
+    let tx = store.begin(Purpose::Serve).await?;
+    locks::close(&tx, site).await?;
+    let keys: Vec<_> = pushes.iter().map(|push| &push.key).collect();
+    let stored = store::calls::lock_by_key(&tx, site, &keys).await?;
+    let mut calls: HashMap<_, Call> = stored.into_iter().map(|call| (call.key.clone(), call)).collect();
+    let mut changed = Vec::new();
+    let mut effects = Vec::with_capacity(pushes.len());
+    for push in pushes {
+        let effect = match calls.get_mut(&push.key) {
+            Some(call) => match call.told.merge((*push).clone()) {
+                true => Effect::Merged,
+                false => Effect::Unchanged,
+            },
+            None => {
+                calls.insert(push.key.clone(), Call::begin((*push).clone()));
+                Effect::Created
+            }
+        };
+        if effect != Effect::Unchanged {
+            changed.push(push.key.clone());
+        }
+        effects.push(effect);
+    }
+    let mut all: Vec<Call> = calls.into_values().collect();
+    all.sort_by_key(|call| call.id);
+    let written = matching::settle(&tx, site, all, &changed).await?;
+    tx.commit().await?;
+
+    let written: HashMap<_, &Call> = written.iter().map(|call| (&call.key, call)).collect();
+    let result = |(push, effect): (&&Push, Effect)| {
+        let call = written.get(&push.key).map(|call| (*call).clone());
+        call.map(|call| Recorded { call, effect })
+    };
+    let recorded: Option<Vec<_>> = pushes.iter().zip(effects).map(result).collect();
+    recorded.ok_or_else(|| StoreError::unreadable("record calls", "a written call did not come back"))
+}
+
+/// Matches again the calls of a site that wait for it.
+pub async fn settle(store: &Store, site: SiteId) -> Result<(), Failed> {
+    while patiently(|| settle_some(store, site)).await? {}
+    Ok(())
+}
+
+/// Whether there may be more.
+async fn settle_some(store: &Store, site: SiteId) -> Result<bool, StoreError> {
+    let tx = store.begin(Purpose::Serve).await?;
+    locks::close(&tx, site).await?;
+    let noted = store::rematches::noted(&tx, site, CHUNK as i64).await?;
+    if noted.is_empty() {
+        tx.rollback().await?;
+        return Ok(false);
+    }
+    let calls = store::calls::lock(&tx, site, &noted).await?;
+    matching::settle(&tx, site, calls, &[]).await?;
+    store::rematches::forget(&tx, site, &noted).await?;
+    tx.commit().await?;
+    metrics::counter!(telemetry::CALLS_REMATCHED_TOTAL).increment(noted.len() as u64);
+    Ok(noted.len() == CHUNK)
+}
+
+/// Settles, until `stop`, whatever waits: what a server that died has left, what could not be settled at once, what a dashboard has opened again.
+pub async fn sweep(store: Store, stop: CancellationToken) {
+    loop {
+        match store.sites_with_rematches(SWEEP_SITES).await {
+            Ok(sites) => {
+                for site in sites {
+                    if let Err(error) = settle(&store, site).await {
+                        tracing::warn!(%error, site.id = %site, "calls wait to be matched again");
+                    }
+                }
+            }
+            Err(error) => tracing::debug!(%error, "cannot look for calls that wait"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(SWEEP_EVERY) => {}
+        }
+    }
+}
+
+async fn review_once(
+    store: &Store,
+    site: SiteId,
+    id: CallId,
+    decision: &Decision,
+    signature: &str,
+) -> Result<Option<Call>, StoreError> {
+    let tx = store.begin(Purpose::Serve).await?;
+    locks::close(&tx, site).await?;
+    let Some(mut call) = judge(&tx, site, id, decision, signature).await? else {
+        tx.rollback().await?;
+        return Ok(None);
+    };
+    if call.is_open() {
+        if let Some(matched) = matching::settle(&tx, site, vec![call.clone()], &[]).await?.pop() {
+            call = matched;
+        }
+        store::rematches::forget(&tx, site, &[id]).await?;
+    }
+    tx.commit().await?;
+    Ok(Some(call))
+}
+
+async fn review_as_once(
+    store: &Store,
+    user: UserId,
+    site: SiteId,
+    id: CallId,
+    decision: &Decision,
+    signature: &str,
+) -> Result<Option<Call>, StoreError> {
+    let tx = store.begin(Purpose::Act(user)).await?;
+    let judged = judge(&tx, site, id, decision, signature).await?;
+    tx.commit().await?;
+    Ok(judged)
+}
+
+async fn judge(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    id: CallId,
+    decision: &Decision,
+    signature: &str,
+) -> Result<Option<Call>, StoreError> {
+    store::calls::review(tx, site, id, decision.status(), decision.sale(), signature).await
+}
+
+/// Runs a transaction, again while only others were in its way.
+async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(run: impl Fn() -> F) -> Result<T, StoreError> {
+    let mut tries = 0;
+    loop {
+        match run().await {
+            Err(error) if error.fault == Fault::Conflict && tries < CONFLICT_TRIES => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(rand::random_range(1..=10))).await;
+            }
+            ended => return ended,
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Which calls have to be looked at again because of what just came in: the other side of [`super::matching`].
+//!
+//! A match is a function of the events in the call's window and of the sessions that they belong to. So a call is touched by a click in
+//! its window, by an event of a session with its fingerprint, by a session that gains or loses that fingerprint, and by whatever changes
+//! what was frozen of the session that it is credited to. Naming too many calls is harmless: matching again changes nothing then.
+
+use chrono::{DateTime, Utc};
+
+use super::event::{Event, is_call_action};
+use super::id::{SessionKey, SiteId};
+use super::matching::{LONGEST_DELAY, calls_touched_by};
+use super::session::Session;
+use super::signal::Signal;
+
+/// From one time to another, both included.
+pub type Span = (DateTime<Utc>, DateTime<Utc>);
+
+/// What came in, as far as calls may care.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Calls of the site that began in this time: a click came in.
+    pub clicks: Vec<(SiteId, Span)>,
+    /// Calls of the site with this fingerprint that began in this time.
+    pub fingerprints: Vec<(SiteId, String, Span)>,
+    /// Calls that are credited to this session and began at this time or later.
+    pub credited: Vec<(SessionKey, DateTime<Utc>)>,
+}
+
+impl Touched {
+    pub fn is_empty(&self) -> bool {
+        self.clicks.is_empty() && self.fingerprints.is_empty() && self.credited.is_empty()
+    }
+
+    /// A session went from `before` (none: it is new) to `after` by these new events.
+    pub fn by_session(&mut self, before: Option<&Session>, after: &Session, new: &[&Event]) {
+        let site = after.key.site_id;
+        for event in new {
+            if event.signals.contains(Signal::PrimaryConversion) && is_call_action(&event.action) {
+                self.clicks.push((site, calls_touched_by(event.occurred_at)));
+            }
+        }
+        let old = before.and_then(Session::fingerprint);
+        let fingerprint = after.fingerprint();
+        let moved = before.is_some() && old != fingerprint;
+        let times = new.iter().map(|event| event.occurred_at);
+        let span = if moved {
+            // Every event of the session now speaks for another fingerprint.
+            let earliest = calls_touched_by(after.created_at - LONGEST_DELAY).0;
+            Some((earliest, calls_touched_by(after.last_seen_at).1))
+        } else {
+            times
+                .clone()
+                .min()
+                .zip(times.clone().max())
+                .map(|(from, to)| (calls_touched_by(from).0, calls_touched_by(to).1))
+        };
+        if let Some(span) = span {
+            let names = old.into_iter().filter(|_| moved).chain(fingerprint);
+            self.fingerprints.extend(names.map(|name| (site, name.to_owned(), span)));
+        }
+        let Some(before) = before else { return };
+        if moved || before.attribution() != after.attribution() {
+            self.credited(after.key);
+        } else if let Some(first) = times.min() {
+            // What the session did after the call is none of the call's business.
+            self.credited.push((after.key, calls_touched_by(first).0));
+        }
+    }
+
+    /// All calls that are credited to this session.
+    pub fn credited(&mut self, session: SessionKey) {
+        self.credited.push((session, DateTime::UNIX_EPOCH));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::event::{Arrival, Draft, FieldNames};
+    use crate::domain::id::SessionId;
+    use uuid::Uuid;
+
+    fn key() -> SessionKey {
+        SessionKey {
+            site_id: SiteId::from_uuid(Uuid::from_u128(1)),
+            month: "2026-11-01".parse().expect("a month"),
+            id: SessionId::from_uuid(Uuid::from_u128(2)),
+        }
+    }
+
+    fn event(n: u128, second: i64, action: &str, fingerprint: Option<&str>) -> Event {
+        let mut draft = Draft {
+            id: Some(Uuid::from_u128(n).to_string()),
+            url: Some("https://a.example/".into()),
+            session: Some("s".into()),
+            action: Some(action.into()),
+            ..Draft::default()
+        };
+        if let Some(fingerprint) = fingerprint {
+            draft.meta.insert("fp".into(), fingerprint.into());
+        }
+        let names = FieldNames { url: "u", session: "sid" };
+        Event::accept(key().site_id, draft, &Arrival::at(at(second)), names).expect("a whole draft")
+    }
+
+    fn at(second: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_795_000_000 + second, 0).unwrap_or_default()
+    }
+
+    fn touched(stored: &[&Event], new: &[&Event]) -> Touched {
+        let fold = |events: &[&Event]| {
+            events.iter().fold(None, |session: Option<Session>, event| match session {
+                None => Some(Session::begin(key(), event)),
+                Some(mut session) => {
+                    session.merge(event);
+                    Some(session)
+                }
+            })
+        };
+        let before = fold(stored);
+        let all: Vec<&Event> = stored.iter().chain(new).copied().collect();
+        let mut touched = Touched::default();
+        touched.by_session(before.as_ref(), &fold(&all).expect("an event"), new);
+        touched
+    }
+
+    #[test]
+    fn a_click_touches_the_calls_whose_window_it_lies_in() {
+        let click = event(1, 0, "phone_call", None);
+        let told = touched(&[], &[&click]);
+        assert_eq!(told.clicks, [(key().site_id, (at(-120), at(1800)))]);
+        assert!(told.fingerprints.is_empty() && told.credited.is_empty());
+        assert!(touched(&[], &[&event(1, 0, "view", None)]).is_empty(), "a view without fingerprint touches nothing");
+    }
+
+    #[test]
+    fn a_session_with_a_fingerprint_touches_the_calls_that_brought_it() {
+        let told = touched(&[], &[&event(1, 0, "view", Some("f")), &event(2, 60, "view", None)]);
+        assert_eq!(told.fingerprints, [(key().site_id, "f".to_owned(), (at(-120), at(1860)))]);
+    }
+
+    #[test]
+    fn a_late_fingerprint_touches_what_the_session_did_before() {
+        let (silent, telling) = (event(1, 0, "view", None), event(2, 7200, "view", Some("f")));
+        let told = touched(&[&silent], &[&telling]);
+        let [(_, name, (from, to))] = told.fingerprints.as_slice() else { panic!("{told:?}") };
+        assert_eq!(name, "f");
+        assert!(*from <= at(-120) && *to >= at(7200 + 1800), "{told:?}");
+        // An earlier event that tells another one takes the first away.
+        let earlier = event(3, -10, "view", Some("e"));
+        let names: Vec<String> =
+            touched(&[&telling], &[&earlier]).fingerprints.into_iter().map(|(_, name, _)| name).collect();
+        assert_eq!(names, ["f", "e"]);
+    }
+
+    #[test]
+    fn what_a_session_does_later_does_not_touch_what_was_frozen() {
+        let (first, later) = (event(1, 0, "view", None), event(2, 600, "view", None));
+        assert_eq!(touched(&[&first], &[&later]).credited, [(key(), at(600 - 120))]);
+    }
+}
