@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use url::Url;
 
+use crate::calls::caller_key::CallerKey;
 use crate::grpc::{Protection, TlsFiles};
 use crate::http::signature::{self, Verifier};
 use crate::queue::qstash::QstashConfig;
@@ -60,6 +61,10 @@ pub struct Settings {
         value_parser = yes_or_no
     )]
     pub grpc_plaintext: bool,
+
+    /// Key for the hashes of callers' numbers: 32 characters or more, the same on every server, never changed. Without it no call is taken
+    #[arg(long, env = "CALLER_KEY", hide_env_values = true, value_name = "CALLER_KEY")]
+    pub caller_key: Option<Secret>,
 
     /// Listener for the operator: /healthz, /readyz, /metrics. Keep it off the internet
     #[arg(long, env = "ADMIN_ADDR", value_name = "ADMIN_ADDR", default_value = "127.0.0.1:9090")]
@@ -175,6 +180,7 @@ impl Settings {
         }
         self.grpc_protection(mode)?;
         self.verifier(mode)?;
+        self.caller_key()?;
         self.qstash(mode).map(drop)
     }
 
@@ -210,6 +216,13 @@ impl Settings {
         let missing =
             ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
         revealed(self.database_url.as_ref()).ok_or(missing)
+    }
+
+    /// What callers' numbers are hashed with; none if none is set.
+    pub fn caller_key(&self) -> Result<Option<CallerKey>, ConfigError> {
+        let key = revealed(self.caller_key.as_ref()).map(CallerKey::new).transpose();
+        let why = "it has fewer than 32 characters; `openssl rand -hex 32` makes one";
+        key.map_err(|_| ConfigError::Invalid("CALLER_KEY", why))
     }
 
     /// Checks the signatures of deliveries; one that refuses them all if there are no keys.

@@ -11,6 +11,7 @@ use chrono::Utc;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::event::IMPORT_MONTHS;
 use crate::domain::month::Month;
 use crate::store::Store;
 use crate::store::error::StoreError;
@@ -24,8 +25,15 @@ const EVERY: Duration = Duration::from_secs(60 * 60);
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// How far back a month is made on demand: a delivery may be that late (see [`crate::domain::job`]), and its visit may have begun a month before.
-const MONTHS_BACK: i32 = 13;
+/// How far back a month is made on demand: imported history may be [`IMPORT_MONTHS`] old, its visit may have begun a month before, and its
+/// job may have waited for a while.
+const MONTHS_BACK: i32 = IMPORT_MONTHS.cast_signed() + 2;
+
+/// Whether a month may be made on demand at all. Nobody fills the database with partitions by naming odd months.
+pub fn may_make(month: Month, now: chrono::DateTime<Utc>) -> bool {
+    let now = Month::of(now);
+    (now.plus(-MONTHS_BACK)..=now.plus(MONTHS_AHEAD)).contains(&month)
+}
 
 /// Tells the keeper of a month that an event needs and that is not there; clones share it.
 #[derive(Clone, Default)]
@@ -37,8 +45,7 @@ pub struct Nudge {
 impl Nudge {
     /// Asks for a month. One that is out of all bounds is not made.
     pub fn want(&self, month: Month) {
-        let now = Month::of(Utc::now());
-        if (now.plus(-MONTHS_BACK)..=now.plus(MONTHS_AHEAD)).contains(&month) {
+        if may_make(month, Utc::now()) {
             self.put_back([month].into());
             self.bell.notify_one();
         }

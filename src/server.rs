@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Gate;
-use crate::calls;
+use crate::calls::{self, Calls};
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
 use crate::grpc::{self, Certificates, GrpcState, Health};
@@ -110,8 +110,15 @@ impl Server {
         let admin = admin_router(AdminState { store: store.clone() });
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
-        let internal =
-            GrpcState { pipeline: pipeline.clone(), directory, store: store.clone(), gate: Gate::new(store.clone()) };
+        let internal = GrpcState {
+            pipeline: pipeline.clone(),
+            directory,
+            store: store.clone(),
+            calls: Calls::new(store.clone()),
+            caller_key: settings.caller_key()?,
+            gate: Gate::new(store.clone()),
+            stop: close_doors.clone(),
+        };
         let health = Health::of(store.clone());
         let stop_grpc = close_doors.clone();
         let doors = vec![

@@ -42,7 +42,7 @@ pub const GRPC_HANDSHAKE_FAILURES_TOTAL: &str = "opsmantik_grpc_handshake_failur
 pub const GRPC_CERTIFICATE_NOT_AFTER: &str = "opsmantik_grpc_certificate_not_after_timestamp_seconds";
 /// Times that the gRPC listener's certificate files were read again, by outcome: `loaded`, or `failed` and the old ones stay.
 pub const GRPC_CERTIFICATE_RELOADS_TOTAL: &str = "opsmantik_grpc_certificate_reloads_total";
-/// Leaves made by the keeper.
+/// Leaves made by the keeper, and by writers for imported history.
 pub const PARTITIONS_MADE_TOTAL: &str = "opsmantik_partitions_made_total";
 
 /// Calls that were matched again because something late came in.

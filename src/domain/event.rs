@@ -4,7 +4,7 @@
 //! valid from then on and travels as it is: through a queue, into a batch, into a dead letter. Only what cannot be an event
 //! is refused (no URL, no session id); everything else is cleaned, clamped or kept in `metadata`.
 
-use chrono::{DateTime, Days, SubsecRound, Utc};
+use chrono::{DateTime, Days, Months, SubsecRound, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -104,7 +104,14 @@ pub struct Draft {
     pub client_time_ms: Option<f64>,
     /// `meta`, and whatever else the door found and did not know.
     pub meta: Map<String, Value>,
+    /// Imported history: when it really happened. Unlike the client's clock it is believed, within [`IMPORT_MONTHS`].
+    pub occurred_at: Option<DateTime<Utc>>,
 }
+
+/// History may be imported that is this old.
+pub const IMPORT_MONTHS: u32 = 24;
+/// And the importer's clock may be ahead of ours by this much.
+const IMPORT_SKEW: TimeDelta = TimeDelta::minutes(2);
 
 /// An accepted event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -114,9 +121,13 @@ pub struct Event {
     pub session_id: SessionId,
     /// The tracker's hint of the session's month; see [`Month::for_new_session`].
     pub month_hint: Option<Month>,
-    /// Arrival at the edge, in whole microseconds as PostgreSQL keeps them.
+    /// The time by which everything is placed, in whole microseconds as PostgreSQL keeps them: the arrival at the edge, or of imported
+    /// history when it happened.
     pub received_at: DateTime<Utc>,
-    /// The client's time, clamped to the 24 hours before the arrival.
+    /// Of imported history: its arrival at the edge. Absent from jobs and letters that carry none, old ones included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported_at: Option<DateTime<Utc>>,
+    /// The client's time, clamped to the 24 hours before `received_at`.
     pub occurred_at: DateTime<Utc>,
     pub url: String,
     pub referrer: Option<String>,
@@ -167,7 +178,14 @@ impl Event {
         let session = draft.session.as_deref().and_then(|id| clean_some(id, MAX_LABEL));
         let session = session.ok_or_else(|| Refusal::missing(names.session, "the session's id"))?;
 
-        let received_at = arrival.received_at.trunc_subsecs(6);
+        let arrived_at = arrival.received_at.trunc_subsecs(6);
+        let (received_at, imported_at) = match draft.occurred_at.map(|told| told.trunc_subsecs(6)) {
+            Some(told) if importable(told, arrived_at) => (told, Some(arrived_at)),
+            Some(_) => {
+                return Err(Refusal::out_of_range("occurred_at", "history of at most 24 months can be imported"));
+            }
+            None => (arrived_at, None),
+        };
         let id = match draft.id.as_deref().and_then(|id| clean_some(id, MAX_LABEL)) {
             Some(id) => EventId::from_text(site, &id),
             None => EventId::derived(site, &draft.content(), received_at),
@@ -198,6 +216,7 @@ impl Event {
             session_id: SessionId::from_text(site, &session),
             month_hint: draft.month_hint.and_then(|hint| hint.parse().ok()),
             received_at,
+            imported_at,
             occurred_at: occurred_at(draft.client_time_ms, received_at),
             referrer: draft.referrer.as_deref().and_then(|referrer| clean_some(referrer, MAX_REFERRER)),
             category: category.unwrap_or_else(unknown),
@@ -262,12 +281,18 @@ impl Event {
             ("action", text(&self.action, MAX_SHORT)),
             ("occurred_at", self.occurred_at <= self.received_at && Some(self.occurred_at) >= earliest),
             ("value", self.value.is_none_or(f64::is_finite)),
+            ("received_at", self.imported_at.is_none_or(|arrived| importable(self.received_at, arrived))),
         ]
         .into_iter()
         .find_map(|(field, whole)| (!whole).then_some(field))
     }
 
-    /// The month in which it arrived.
+    /// When it arrived at the edge, whenever it happened.
+    pub fn arrived_at(&self) -> DateTime<Utc> {
+        self.imported_at.unwrap_or(self.received_at)
+    }
+
+    /// The month in which it arrived, or of imported history happened.
     pub fn arrival_month(&self) -> Month {
         Month::of(self.received_at)
     }
@@ -290,11 +315,31 @@ impl Event {
 impl Draft {
     /// What the event says, for the id of an event without one. Keys of a JSON object are ordered.
     fn content(&self) -> String {
-        let Self { id: _, url, session, month_hint: _, category, action, label, value, referrer, client_time_ms, meta } =
-            self;
+        let Self {
+            id: _,
+            url,
+            session,
+            month_hint: _,
+            category,
+            action,
+            label,
+            value,
+            referrer,
+            client_time_ms,
+            meta,
+            occurred_at,
+        } = self;
         let fields = (url, session, category, action, label, value, referrer, client_time_ms, meta);
-        serde_json::to_string(&fields).unwrap_or_else(|_| format!("{fields:?}"))
+        let content = serde_json::to_string(&fields).unwrap_or_else(|_| format!("{fields:?}"));
+        // The same thing twice within seconds is history, not a retry: a retry tells the same moment.
+        occurred_at.map_or(content.clone(), |at| format!("{content}\n{}", at.trunc_subsecs(6).timestamp_micros()))
     }
+}
+
+/// Whether something that happened at `at` may be imported at `arrived_at`; the ends of the window are inside.
+fn importable(at: DateTime<Utc>, arrived_at: DateTime<Utc>) -> bool {
+    let earliest = arrived_at.checked_sub_months(Months::new(IMPORT_MONTHS));
+    earliest.is_some_and(|earliest| earliest <= at) && at - arrived_at <= IMPORT_SKEW
 }
 
 fn occurred_at(client_time_ms: Option<f64>, received_at: DateTime<Utc>) -> DateTime<Utc> {
@@ -312,114 +357,5 @@ impl std::fmt::Display for Event {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-    use uuid::Uuid;
-
-    const NAMES: FieldNames = FieldNames { url: "u", session: "sid" };
-
-    fn site() -> SiteId {
-        SiteId::from_uuid(Uuid::from_u128(7))
-    }
-
-    fn arrival() -> Arrival {
-        Arrival::at(DateTime::from_timestamp(1_790_000_000, 123_456_789).unwrap_or_default())
-    }
-
-    fn draft(fill: impl FnOnce(&mut Draft)) -> Draft {
-        let mut draft =
-            Draft { url: Some("https://a.example/".into()), session: Some("s1".into()), ..Draft::default() };
-        fill(&mut draft);
-        draft
-    }
-
-    fn accept(fill: impl FnOnce(&mut Draft)) -> Event {
-        Event::accept(site(), draft(fill), &arrival(), NAMES).expect("the draft has all it needs")
-    }
-
-    fn meta(value: Value) -> Map<String, Value> {
-        value.as_object().cloned().unwrap_or_default()
-    }
-
-    #[test]
-    fn only_what_cannot_be_an_event_is_refused_and_the_field_is_named() {
-        for (fill, field) in [
-            ((|d| d.url = None) as fn(&mut Draft), "u"),
-            (|d| d.url = Some(" ".into()), "u"),
-            (|d| d.url = Some("\0".into()), "u"),
-            (|d| d.session = None, "sid"),
-            (|d| d.session = Some("\0".into()), "sid"),
-        ] {
-            let refused =
-                Event::accept(site(), draft(fill), &arrival(), NAMES).expect_err("a required field is missing");
-            assert_eq!(refused.field, field);
-            assert!(refused.to_string().contains(&format!("`{field}`")), "{refused}");
-        }
-    }
-
-    #[test]
-    fn call_actions_are_known_in_any_letter_case() {
-        assert!(CONVERSION_ACTIONS.iter().all(|action| is_call_action(&action.to_uppercase())));
-        assert!(!is_call_action("phone_calls") && !is_call_action(" call") && !is_call_action(""));
-    }
-
-    #[test]
-    fn oddities_are_survived() {
-        let event = accept(|d| {
-            d.url = Some(format!("HTTPS://A.example/{}?gclid=Z", "ü".repeat(4000)));
-            d.label = Some("x\0".repeat(5000));
-            d.month_hint = Some("never".into());
-            d.value = Some(f64::NAN);
-            d.client_time_ms = Some(f64::MAX);
-            d.meta = meta(
-                json!({"mem": 0.5, "fp\u{0}": 1, "fp": 42, "scroll_pct": "1e300", "duration_sec": -5, "city": ["x"]}),
-            );
-        });
-        assert!(event.url.len() <= MAX_URL && event.url.ends_with('ü'));
-        assert_eq!(event.click_ids.gclid.as_deref(), Some("Z"), "read before the URL was cut");
-        assert_eq!(event.label.as_deref().map(str::len), Some(MAX_LABEL));
-        assert_eq!((event.month_hint, event.value), (None, None));
-        assert_eq!(event.occurred_at, event.received_at, "a clock that runs ahead");
-        assert_eq!(event.received_at.timestamp_subsec_nanos() % 1000, 0, "PostgreSQL keeps microseconds");
-        assert_eq!(event.metadata.get("mem"), Some(&json!(0.5)));
-        assert_eq!((event.gauges.scroll_pct, event.gauges.duration_sec), (Some(100), Some(0)));
-        assert_eq!(event.geo.city, None);
-    }
-
-    #[test]
-    fn each_signal_is_raised_by_what_the_design_says() {
-        let score = |fill: fn(&mut Draft)| accept(fill).signals.score().get();
-        assert_eq!(score(|_| ()), 0);
-        assert_eq!(score(|d| d.category = Some("conversion".into())), 50);
-        assert_eq!(score(|d| d.action = Some("WhatsApp".into())), 50, "under any category");
-        assert_eq!(score(|d| d.category = Some("interaction".into())), 10);
-        assert_eq!(score(|d| (d.action, d.value) = (Some("scroll_depth".into()), Some(50.0))), 10);
-        assert_eq!(score(|d| (d.action, d.label) = (Some("scroll_depth".into()), Some("90%".into()))), 30);
-        assert_eq!(score(|d| d.value = Some(90.0)), 0, "a value is a depth only for scroll_depth");
-        assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 55, "cta_hovers": 2}))), 25);
-        assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 49.9, "cta_hovers": 0.9}))), 0, "not reached");
-        assert_eq!(score(|d| d.meta = meta(json!({"scroll_pct": 89.9}))), 10);
-        assert_eq!(score(|d| d.action = Some("hover_intent".into())), 15);
-        assert_eq!(score(|d| d.referrer = Some("https://www.google.com.tr/search?q=x".into())), 5);
-        assert_eq!(score(|d| d.referrer = Some("https://evil.example/www.google.com".into())), 0);
-    }
-
-    #[test]
-    fn only_text_that_says_something_is_a_click_id() {
-        for odd in [json!(false), json!(0), json!(null), json!("undefined"), json!("null"), json!(" "), json!(["x"])] {
-            let event = accept(|d| d.meta = meta(json!({"gclid": odd})));
-            assert_eq!((event.click_ids.gclid, event.traffic.source.as_str()), (None, "Direct"), "{odd}");
-        }
-        assert_eq!(accept(|d| d.meta = meta(json!({"gclid": "Cj0"}))).click_ids.gclid.as_deref(), Some("Cj0"));
-    }
-
-    #[test]
-    fn an_event_without_id_is_one_event_for_ten_seconds_and_survives_json() {
-        let (a, b) = (accept(|d| d.label = Some("x".into())), accept(|d| d.label = Some("x".into())));
-        assert_eq!(a.id, b.id);
-        assert_ne!(a.id, accept(|d| d.label = Some("y".into())).id);
-        let json = serde_json::to_string(&a).unwrap_or_default();
-        assert_eq!(serde_json::from_str::<Event>(&json).ok(), Some(a));
-    }
-}
+#[path = "event_tests.rs"]
+mod tests;

@@ -34,9 +34,9 @@ pub enum NotAJob {
     Unreadable(String),
     #[error("`v` is {0}, and this server reads {VERSION}")]
     Version(u32),
-    #[error("`event.received_at` lies in the future")]
+    #[error("the event's arrival lies in the future")]
     FromTheFuture,
-    #[error("`event.received_at` is more than a year ago")]
+    #[error("the event's arrival is more than a year ago")]
     TooOld,
     #[error("`event` was never accepted anywhere: `{0}` is not what an event has")]
     NoEvent(&'static str),
@@ -74,9 +74,11 @@ impl Job<'static> {
             return Err(NotAJob::Version(v));
         }
         let event = serde_json::from_str::<Self>(text).map_err(unreadable)?.event.into_owned();
-        if event.received_at > now + SKEW {
+        // Imported history may be older than any job.
+        let arrived_at = event.arrived_at();
+        if arrived_at > now + SKEW {
             Err(NotAJob::FromTheFuture)
-        } else if event.received_at < now - OLDEST {
+        } else if arrived_at < now - OLDEST {
             Err(NotAJob::TooOld)
         } else if let Some(field) = event.defect() {
             Err(NotAJob::NoEvent(field))
@@ -127,5 +129,35 @@ mod tests {
         assert!(error(r#"{"v":2,"event":null}"#).contains("`v` is 2"));
         let unreadable = error(r#"{"v":1,"event":"a visitor's secret"}"#);
         assert!(unreadable.contains("cannot be read") && !unreadable.contains("secret"), "{unreadable}");
+    }
+
+    #[test]
+    fn a_job_of_imported_history_is_judged_by_its_arrival_and_an_older_job_has_none() {
+        let now = Utc::now();
+        let import = |arrived_at: DateTime<Utc>, happened: DateTime<Utc>| {
+            let draft = Draft {
+                url: Some("https://a.example/".into()),
+                session: Some("s".into()),
+                occurred_at: Some(happened),
+                ..Draft::default()
+            };
+            let names = FieldNames { url: "u", session: "sid" };
+            Event::accept(SiteId::from_uuid(Uuid::from_u128(1)), draft, &Arrival::at(arrived_at), names)
+                .expect("inside of the window")
+        };
+        let old = import(now, now - TimeDelta::days(700));
+        let text = Job::of(&old).to_json().unwrap_or_default();
+        assert_eq!(Job::event_from_json(&text, now).ok(), Some(old));
+        let stale = import(now - TimeDelta::days(400), now - TimeDelta::days(400));
+        let text = Job::of(&stale).to_json().unwrap_or_default();
+        assert!(matches!(Job::event_from_json(&text, now), Err(NotAJob::TooOld)));
+        let mut forged = import(now, now - TimeDelta::days(700));
+        forged.received_at -= TimeDelta::days(700);
+        forged.occurred_at = forged.received_at;
+        let text = Job::of(&forged).to_json().unwrap_or_default();
+        assert!(matches!(Job::event_from_json(&text, now), Err(NotAJob::NoEvent("received_at"))));
+
+        let text = Job::of(&event(now)).to_json().unwrap_or_default();
+        assert!(!text.contains("imported_at"), "as jobs have always been written: {text}");
     }
 }

@@ -7,7 +7,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike, Utc};
 use prost::Message;
 use prost_types::value::Kind;
 use serde_json::{Map, Number, Value};
@@ -76,9 +76,10 @@ pub(super) fn read(event: proto::Event, received_at: DateTime<Utc>) -> Result<(S
     if event.site.trim().is_empty() {
         return Err(Refusal::missing("site", "the site's public id or UUID"));
     }
-    if event.occurred_at.is_some() {
-        return Err(Refusal::invalid("occurred_at", "importing history is not supported yet"));
-    }
+    let occurred_at = match event.occurred_at {
+        None => None,
+        Some(time) => Some(instant(time).ok_or_else(|| Refusal::invalid("occurred_at", "it is no timestamp"))?),
+    };
 
     let mut meta = Meta(object(event.metadata.unwrap_or_default(), 0)?);
     meta.text("fp", event.fingerprint);
@@ -106,6 +107,7 @@ pub(super) fn read(event: proto::Event, received_at: DateTime<Utc>) -> Result<(S
         referrer: event.referrer,
         client_time_ms: event.client_time.as_ref().map(milliseconds),
         meta: meta.0,
+        occurred_at,
     };
     Ok((event.site.trim().to_owned(), draft, arrival))
 }
@@ -213,6 +215,12 @@ fn number(value: f64) -> Value {
         return Value::from(value as i64);
     }
     Number::from_f64(value).map_or(Value::Null, Value::Number)
+}
+
+/// The instant, if the timestamp is within its own type's bounds: the years 1 to 9999, and nanoseconds of one second.
+fn instant(time: prost_types::Timestamp) -> Option<DateTime<Utc>> {
+    let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    DateTime::from_timestamp(time.seconds, nanos).filter(|instant| (1..=9999).contains(&instant.year()))
 }
 
 fn milliseconds(time: &prost_types::Timestamp) -> f64 {

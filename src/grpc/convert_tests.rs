@@ -188,14 +188,29 @@ fn metadata_may_be_deep_but_not_bottomless() {
 
 #[test]
 fn what_cannot_be_an_event_is_refused_and_the_field_is_named() {
-    let refused: [(Fill, RefusalReason, &str); 9] = [
+    let refused: [(Fill, RefusalReason, &str); 12] = [
         (|e| e.id = some("order-17"), RefusalReason::InvalidField, "id"),
         (|e| e.id = some(""), RefusalReason::InvalidField, "id"),
         (|e| e.site = " ".to_owned(), RefusalReason::MissingField, "site"),
         (|e| e.url = String::new(), RefusalReason::MissingField, "url"),
         (|e| e.url = "\0".to_owned(), RefusalReason::InvalidField, "url"),
         (|e| e.session_id = String::new(), RefusalReason::MissingField, "session_id"),
-        (|e| e.occurred_at = Some(Timestamp::default()), RefusalReason::InvalidField, "occurred_at"),
+        (|e| e.occurred_at = Some(Timestamp::default()), RefusalReason::OutOfRange, "occurred_at"),
+        (
+            |e| e.occurred_at = Some(Timestamp { seconds: 253_402_300_800, nanos: 0 }),
+            RefusalReason::InvalidField,
+            "occurred_at",
+        ),
+        (
+            |e| e.occurred_at = Some(Timestamp { seconds: 1_795_000_000, nanos: -1 }),
+            RefusalReason::InvalidField,
+            "occurred_at",
+        ),
+        (
+            |e| e.occurred_at = Some(Timestamp { seconds: 1_795_000_000, nanos: 1_000_000_000 }),
+            RefusalReason::InvalidField,
+            "occurred_at",
+        ),
         (|e| e.label = Some("x".repeat(64 << 10)), RefusalReason::EventTooLarge, ""),
         (|e| e.metadata = Some(nested(MAX_DEPTH + 1)), RefusalReason::InvalidField, "metadata"),
     ];
@@ -205,6 +220,17 @@ fn what_cannot_be_an_event_is_refused_and_the_field_is_named() {
         let refusal = accept(event).expect_err("it cannot be an event");
         assert_eq!((refusal.reason, refusal.field.as_ref()), (reason, field), "{refusal}");
     }
+}
+
+#[test]
+fn the_time_of_imported_history_lands_in_the_event() {
+    let seconds = now().timestamp() - 86_400 * 300;
+    let event = accepted(|e| e.occurred_at = Some(Timestamp { seconds, nanos: 123_456_789 }));
+    assert_eq!(event.received_at.timestamp_micros(), seconds * 1_000_000 + 123_456);
+    assert_eq!(event.imported_at, Some(now()));
+    let event = accepted(|e| e.metadata = metadata([("occurred_at", Kind::StringValue("2025-01-01".to_owned()))]));
+    assert_eq!((event.received_at, event.imported_at), (now(), None), "only the field itself is believed");
+    assert_eq!(event.metadata["occurred_at"], "2025-01-01");
 }
 
 #[test]
@@ -243,10 +269,11 @@ fn awkward() -> impl Strategy<Value = proto::Event> {
         any::<Option<f64>>(),
         any::<Option<u32>>(),
         prop::option::of((any::<i64>(), any::<i32>())),
+        prop::option::of((prop_oneof![0i64..80_000_000, any::<i64>()], prop_oneof![0..1_000_000_000, any::<i32>()])),
         prop::collection::vec((".{0,9}", any::<f64>()), 0..4),
     );
-    (texts, numbers).prop_map(|((id, site, url, session_id, hint, label, agent, ip), (number, count, time, extra))| {
-        proto::Event {
+    (texts, numbers).prop_map(
+        |((id, site, url, session_id, hint, label, agent, ip), (number, count, time, told, extra))| proto::Event {
             id,
             site,
             url,
@@ -259,12 +286,13 @@ fn awkward() -> impl Strategy<Value = proto::Event> {
             gauges: Some(proto::Gauges { scroll_pct: count, active_sec: count, ..proto::Gauges::default() }),
             client_hints: Some(proto::ClientHints { memory_gib: number, processors: count, ..Default::default() }),
             client_time: time.map(|(seconds, nanos)| Timestamp { seconds, nanos }),
+            occurred_at: told.map(|(ago, nanos)| Timestamp { seconds: now().timestamp().saturating_sub(ago), nanos }),
             metadata: Some(Struct {
                 fields: extra.into_iter().map(|(key, n)| (key, value(Kind::NumberValue(n)))).collect(),
             }),
             ..proto::Event::default()
-        }
-    })
+        },
+    )
 }
 
 fn holds(event: proto::Event) -> Result<(), TestCaseError> {
@@ -273,6 +301,8 @@ fn holds(event: proto::Event) -> Result<(), TestCaseError> {
         Ok(event) => {
             prop_assert!(readable.is_none_or(|id| id == event.id));
             prop_assert!(event.occurred_at <= event.received_at);
+            prop_assert_eq!(event.defect(), None);
+            prop_assert_eq!(event.arrived_at(), now());
             let json = serde_json::to_string(&event);
             prop_assert!(json.is_ok_and(|json| !json.contains("\\u0000")));
         }

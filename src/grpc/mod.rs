@@ -13,6 +13,8 @@ use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
 
 use crate::access::Gate;
+use crate::calls::Calls;
+use crate::calls::caller_key::CallerKey;
 use crate::directory::Directory;
 use crate::pipeline::Pipeline;
 use crate::store::Store;
@@ -46,6 +48,9 @@ pub use tls::{Certificates, TlsError, TlsFault, TlsFiles};
 const MAX_MESSAGE: usize = 4 << 20;
 /// Calls that one connection may have open, and run, at once: bounds what its messages can occupy.
 const MAX_STREAMS: u32 = 128;
+/// Bytes that a client may send ahead on one call before they are read. A connection has room for that of all its calls, so that a stream that
+/// is held back holds back no other call.
+const STREAM_WINDOW: u32 = 64 << 10;
 /// Largest metadata of one call, bytes.
 const MAX_METADATA: u32 = 16 << 10;
 /// A silent connection is asked for a sign of life this often ...
@@ -62,6 +67,11 @@ pub struct GrpcState {
     pub directory: Directory,
     pub store: Store,
     pub gate: Gate,
+    pub calls: Calls,
+    /// Hashes callers' numbers. Without it no call can be recorded.
+    pub caller_key: Option<CallerKey>,
+    /// Cancelled when the server stops: streams end themselves.
+    pub stop: CancellationToken,
 }
 
 /// What every service of the contract takes and sends: bounded messages, compressed if the caller likes.
@@ -90,6 +100,8 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_PATIENCE))
         .http2_max_header_list_size(MAX_METADATA)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(STREAM_WINDOW * MAX_STREAMS)
         .max_concurrent_streams(MAX_STREAMS)
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .layer(call::CallLayer)

@@ -19,7 +19,8 @@ use super::proto::ingest_result::Outcome;
 use super::proto::ingest_service_client::IngestServiceClient;
 use super::proto::scoring_service_client::ScoringServiceClient;
 use super::proto::{
-    Event, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal, WatchSessionsRequest,
+    Event, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal, WatchEventsRequest,
+    WatchSessionsRequest,
 };
 use super::*;
 use crate::domain::access::{Caller, Reach, Scope};
@@ -55,17 +56,20 @@ fn with_token(mut request: Request<()>) -> Result<Request<()>, Status> {
 
 /// A server whose database refuses connections.
 async fn door() -> Door {
+    let stop = CancellationToken::new();
     let store = Store::new("postgres://nobody@127.0.0.1:1/none", 2).await.expect("the URL is one");
     let state = GrpcState {
         pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
         directory: Directory::new(store.clone()),
         gate: gate(&store),
+        calls: Calls::new(store.clone()),
+        caller_key: Some(CallerKey::new(&"k".repeat(32)).expect("long enough")),
         store: store.clone(),
+        stop: stop.clone(),
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("it is bound");
     let listener = Listener::new(listener, Protection::Loopback).expect("on loopback");
-    let stop = CancellationToken::new();
     let served = tokio::spawn(serve(listener, state, Health::of(store), stop.clone()));
     let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address is a URI");
     Door { channel: endpoint.connect().await.expect("the server listens"), stop, served }
@@ -167,14 +171,14 @@ async fn what_this_version_does_not_serve_says_so() {
     let record = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
         .record_call(RecordCallRequest::default())
         .await;
-    let watch = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
+    let sessions = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
         .watch_sessions(WatchSessionsRequest::default())
         .await;
-    let stream = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .stream_ingest(tokio_stream::empty())
+    let events = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .watch_events(WatchEventsRequest::default())
         .await;
-    let refused = [record.map(drop), watch.map(drop), stream.map(drop)];
-    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "WatchSessions", "StreamIngest"]) {
+    let refused = [record.map(drop), sessions.map(drop), events.map(drop)];
+    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "WatchSessions", "WatchEvents"]) {
         let status = answer.expect_err("not served");
         assert_eq!(status.code(), Code::Unimplemented);
         assert!(status.message().contains(rpc), "{}", status.message());

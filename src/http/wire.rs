@@ -144,6 +144,8 @@ impl WireEvent {
                 referrer: optional(&mut map, "r"),
                 client_time_ms: number(&mut map, "ts"),
                 meta: Map::new(),
+                // Who imports history comes in through gRPC; here the key is one that nobody knows, and stays in `meta`.
+                occurred_at: None,
             };
             let meta = match map.get_mut("meta").map(Value::take) {
                 Some(Value::Object(meta)) => meta,

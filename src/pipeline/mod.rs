@@ -1,12 +1,15 @@
 //! From accepted events to outcomes: every door hands its events to this one pipeline.
 //!
 //! ```text
-//! submit ─▶ waiting room (bounded in bytes) ─▶ batch of one arrival month ─▶ one transaction ─▶ an outcome an event
-//!                    full: Busy                  (writer.rs: retry, isolate)   (store)
+//! submit         ─▶ waiting room (bounded in bytes) ─┐
+//!                      full: Busy                    ├▶ batch of one arrival month ─▶ one transaction ─▶ an outcome an event
+//! take_when_room ─▶ a room of its own ───────────────┘   (writer.rs: retry, isolate)   (store)
+//!                      full: wait
 //! ```
 //!
 //! What is waiting when a writer becomes free is its batch: an idle server writes single events at once, a busy one
-//! writes large batches, and nobody waits for a timer. Events wait in arrival order. The room is counted in bytes, so memory stays flat.
+//! writes large batches, and nobody waits for a timer. Events wait in arrival order. The rooms are counted in bytes, so memory stays flat.
+//! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,13 +35,21 @@ pub struct PipelineConfig {
     pub batch: usize,
     /// Most bytes of events that wait or are being written, roughly.
     pub room_bytes: usize,
+    /// The same for events of those who wait for room.
+    pub patient_room_bytes: usize,
     /// Within this time an event is stored or called unavailable, retries included.
     pub patience: Duration,
 }
 
 impl Default for PipelineConfig {
     fn default() -> Self {
-        Self { writers: 4, batch: 256, room_bytes: 32 << 20, patience: Duration::from_secs(8) }
+        Self {
+            writers: 4,
+            batch: 256,
+            room_bytes: 32 << 20,
+            patient_room_bytes: 8 << 20,
+            patience: Duration::from_secs(8),
+        }
     }
 }
 
@@ -50,11 +61,51 @@ struct Waiting {
     _room: OwnedSemaphorePermit,
 }
 
+/// An event that the pipeline has taken and not yet settled. It is settled all the same when this is dropped.
+#[derive(Debug)]
+pub struct Taken(oneshot::Receiver<Outcome>);
+
+impl Taken {
+    /// Waits for the commit.
+    pub async fn outcome(self) -> Outcome {
+        self.0.await.unwrap_or(Outcome::Unavailable(Unavailable::Stopping))
+    }
+}
+
+/// A bound on bytes that wait or are being written.
+#[derive(Clone)]
+struct Room {
+    permits: Arc<Semaphore>,
+    all: u32,
+}
+
+impl Room {
+    fn of(bytes: usize) -> Self {
+        let all = u32::try_from(bytes / PERMIT_BYTES).unwrap_or(u32::MAX).max(1);
+        Self { permits: Arc::new(Semaphore::new(all as usize)), all }
+    }
+
+    /// The permits that an event needs; one that is larger than the room gets the whole of it.
+    fn needed(&self, event: &Event) -> u32 {
+        u32::try_from(event.weight().div_ceil(PERMIT_BYTES)).map_or(self.all, |needed| needed.min(self.all))
+    }
+
+    fn try_enter(&self, event: &Event) -> Result<OwnedSemaphorePermit, Unavailable> {
+        self.permits.clone().try_acquire_many_owned(self.needed(event)).map_err(|_| Unavailable::Busy)
+    }
+
+    /// In the order of asking, so that nobody waits forever.
+    async fn enter(&self, event: &Event) -> Result<OwnedSemaphorePermit, Unavailable> {
+        self.permits.clone().acquire_many_owned(self.needed(event)).await.map_err(|_| Unavailable::Stopping)
+    }
+}
+
 /// The handle to the pipeline; clones share it.
 #[derive(Clone)]
 pub struct Pipeline {
     door: mpsc::UnboundedSender<Waiting>,
-    room: Arc<Semaphore>,
+    room: Room,
+    patient_room: Room,
     writers: TaskTracker,
     closing: tokio_util::sync::CancellationToken,
 }
@@ -70,7 +121,8 @@ impl Pipeline {
         let waiting = Arc::new(Mutex::new(waiting));
         let pipeline = Self {
             door,
-            room: Arc::new(Semaphore::new((config.room_bytes / PERMIT_BYTES).min(Semaphore::MAX_PERMITS))),
+            room: Room::of(config.room_bytes),
+            patient_room: Room::of(config.patient_room_bytes),
             writers: TaskTracker::new(),
             closing: tokio_util::sync::CancellationToken::new(),
         };
@@ -87,27 +139,40 @@ impl Pipeline {
         let answers: Vec<_> = events.into_iter().map(|event| self.enter(event)).collect();
         let mut outcomes = Vec::with_capacity(answers.len());
         for answer in answers {
-            let outcome = match answer {
-                Ok(answer) => answer.await.unwrap_or(Outcome::Unavailable(Unavailable::Stopping)),
+            outcomes.push(match answer {
+                Ok(taken) => taken.outcome().await,
                 Err(unavailable) => Outcome::Unavailable(unavailable),
-            };
-            telemetry::count_outcome(&outcome);
-            outcomes.push(outcome);
+            });
         }
         outcomes
     }
 
-    fn enter(&self, event: Event) -> Result<oneshot::Receiver<Outcome>, Unavailable> {
-        if self.closing.is_cancelled() {
-            return Err(Unavailable::Stopping);
-        }
-        let permits = u32::try_from(event.weight().div_ceil(PERMIT_BYTES)).map_err(|_| Unavailable::Busy)?;
-        let room = self.room.clone().try_acquire_many_owned(permits).map_err(|_| Unavailable::Busy)?;
+    /// Takes an event as soon as there is room for it. Whoever asks has at most a few events that wait like this: they are outside the room.
+    pub async fn take_when_room(&self, event: Event) -> Result<Taken, Unavailable> {
+        let room = tokio::select! {
+            biased;
+            () = self.closing.cancelled() => Err(Unavailable::Stopping),
+            room = self.patient_room.enter(&event) => room,
+        };
+        Self::counted(room.and_then(|room| self.admit(event, room)))
+    }
+
+    fn enter(&self, event: Event) -> Result<Taken, Unavailable> {
+        let room = if self.closing.is_cancelled() { Err(Unavailable::Stopping) } else { self.room.try_enter(&event) };
+        Self::counted(room.and_then(|room| self.admit(event, room)))
+    }
+
+    fn admit(&self, event: Event, room: OwnedSemaphorePermit) -> Result<Taken, Unavailable> {
         let (answer, receiver) = oneshot::channel();
         self.door
             .send(Waiting { event, since: Instant::now(), answer, _room: room })
             .map_err(|_| Unavailable::Stopping)?;
-        Ok(receiver)
+        Ok(Taken(receiver))
+    }
+
+    /// What the writers never saw is counted here, all else where it is answered.
+    fn counted(taken: Result<Taken, Unavailable>) -> Result<Taken, Unavailable> {
+        taken.inspect_err(|why| telemetry::count_outcome(&Outcome::Unavailable(*why)))
     }
 
     /// Takes nothing more, finishes what was taken.
@@ -139,6 +204,7 @@ async fn write_until_closed(
         let outcomes = writer.write(events, since).await;
         debug_assert_eq!(outcomes.len(), answers.len(), "one outcome an event");
         for ((answer, _room), outcome) in answers.into_iter().zip(outcomes) {
+            telemetry::count_outcome(&outcome);
             // A caller that hung up does not want its answer; the event is stored all the same.
             let _ = answer.send(outcome);
         }

@@ -1,11 +1,13 @@
 //! One writer: takes a batch, makes every event durable or says why not.
 //!
 //! A batch is written in one transaction a month of arrival. Conflicts and lost connections are tried again within the patience. A batch that
-//! PostgreSQL refuses is halved until the poisonous event stands alone; that one goes to `dead_letters`, its neighbours are stored.
+//! PostgreSQL refuses is halved until the poisonous event stands alone; that one goes to `dead_letters`, its neighbours are stored. Months that
+//! have no partition yet are made on the way, within bounds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use chrono::Utc;
 use tokio::time::{timeout, timeout_at};
 
 use super::PipelineConfig;
@@ -16,7 +18,7 @@ use crate::domain::id::{DeadLetterId, SiteId};
 use crate::domain::job::Job;
 use crate::domain::month::Month;
 use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
-use crate::keeper::Nudge;
+use crate::keeper::{self, Nudge};
 use crate::store::Store;
 use crate::store::dead_letters::DeadLetter;
 use crate::store::error::{Fault, StoreError};
@@ -33,6 +35,8 @@ const RETRY_WITHIN: Duration = Duration::from_millis(1500);
 const REMATCH_WITHIN: Duration = Duration::from_secs(1);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
+/// Making a month waits up to two seconds for the writers that are in its way, and is tried again this often.
+const MAKE_TRIES: usize = 3;
 
 #[derive(Clone)]
 pub(super) struct Writer {
@@ -59,15 +63,23 @@ impl Writer {
             by_month.entry(event.arrival_month()).or_default().push((place, event));
         }
         let deadline = tokio::time::Instant::now() + self.config.patience;
+        let mut asked_for = BTreeSet::new();
         for group in by_month.into_values() {
-            self.settle(group, since, deadline, &mut outcomes).await;
+            self.settle(group, since, deadline, &mut asked_for, &mut outcomes).await;
         }
         metrics::histogram!(telemetry::BATCH_SECONDS).record(started.elapsed());
         outcomes
     }
 
     /// Writes a group, halving it around what the database refuses.
-    async fn settle(&self, group: Group, since: Instant, deadline: tokio::time::Instant, outcomes: &mut [Outcome]) {
+    async fn settle(
+        &self,
+        group: Group,
+        since: Instant,
+        deadline: tokio::time::Instant,
+        asked_for: &mut BTreeSet<Month>,
+        outcomes: &mut [Outcome],
+    ) {
         let mut groups = vec![group];
         while let Some(mut group) = groups.pop() {
             let written = self.write_patiently(&group, since, deadline).await;
@@ -78,6 +90,9 @@ impl Writer {
                     }
                 }
                 Err(error) => match (error.fault, group.len()) {
+                    (Fault::MissingPartition, _) if self.make_months(&group, asked_for, deadline).await => {
+                        groups.push(group);
+                    }
                     (Fault::Refused | Fault::UnknownSite | Fault::MissingPartition, 2..) => {
                         groups.push(group.split_off(group.len() / 2));
                         groups.push(group);
@@ -143,6 +158,45 @@ impl Writer {
         }
     }
 
+    /// Makes the months that the group's events may need, each once a batch: whether there is a reason to write the group again.
+    async fn make_months(
+        &self,
+        group: &Group,
+        asked_for: &mut BTreeSet<Month>,
+        deadline: tokio::time::Instant,
+    ) -> bool {
+        let now = Utc::now();
+        let needed = group.iter().map(|(_, event)| Month::for_new_session(event.month_hint, event.received_at));
+        let needed: BTreeSet<Month> =
+            needed.filter(|month| keeper::may_make(*month, now) && asked_for.insert(*month)).collect();
+        let mut made_any = false;
+        for month in needed {
+            made_any |= self.make_month(month, deadline).await;
+        }
+        made_any
+    }
+
+    async fn make_month(&self, month: Month, deadline: tokio::time::Instant) -> bool {
+        let mut tries = 1;
+        loop {
+            let made = timeout_at(deadline, self.store.ensure_month(month)).await;
+            match made.unwrap_or_else(|_| Err(StoreError::too_slow("make month"))) {
+                Ok(made) => {
+                    if !made.is_empty() {
+                        tracing::info!(partitions = ?made, "made partitions for events that came in");
+                        metrics::counter!(telemetry::PARTITIONS_MADE_TOTAL).increment(made.len() as u64);
+                    }
+                    return true;
+                }
+                Err(error) if error.fault == Fault::Conflict && tries < MAKE_TRIES => tries += 1,
+                Err(error) => {
+                    tracing::warn!(%error, %month, "cannot make the month that an event needs");
+                    return false;
+                }
+            }
+        }
+    }
+
     async fn give_up(&self, event: Event, fault: Fault, error: &StoreError) -> Outcome {
         let reason = match fault {
             Fault::Away | Fault::Conflict => return Outcome::Unavailable(Unavailable::Database),
@@ -169,7 +223,7 @@ impl Writer {
             reason,
             detail: error.to_string(),
             payload,
-            received_at: event.received_at,
+            received_at: event.arrived_at(),
         };
         match self.store.bury(&letter).await {
             Ok(()) => {

@@ -32,10 +32,11 @@ crate::statement!(
         INT4_ARRAY,
         INT2_ARRAY,
         JSONB_ARRAY,
+        TIMESTAMPTZ_ARRAY,
     ],
     "INSERT INTO public.events (site_id, session_month, id, session_id, created_at, occurred_at, url, referrer, \
-     event_category, event_action, event_label, event_value, signals, lead_score, metadata) \
-     SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) \
+     event_category, event_action, event_label, event_value, signals, lead_score, metadata, received_at) \
+     SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) \
      ON CONFLICT (site_id, session_month, id) DO NOTHING \
      RETURNING site_id, session_month, id"
 );
@@ -76,6 +77,7 @@ pub async fn insert(tx: &Transaction<'_>, events: &[(SessionKey, &Event)]) -> Re
                 &column(events, |_, event| event.signals.bits()),
                 &column(events, |_, event| i16::from(event.signals.score().get())),
                 &column(events, |_, event| Value::Object(event.metadata.clone())),
+                &column(events, |_, event| event.imported_at),
             ],
         )
         .await?;

@@ -27,7 +27,7 @@ const TYPESCRIPT: Tool = Tool::NpmProject(NpmProject {
 });
 
 /// The parts of the contract that this version serves.
-const SERVED: [&str; 7] = ["ingest", "scoring", "errors", "deadline", "cancellation", "health", "reflection"];
+const SERVED: [&str; 8] = ["ingest", "stream", "scoring", "errors", "deadline", "cancellation", "health", "reflection"];
 /// No program of a client takes longer, compiling included.
 const LIMIT: Duration = Duration::from_secs(120);
 

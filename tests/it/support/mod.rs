@@ -8,6 +8,7 @@ pub mod calls;
 pub mod cluster;
 pub mod database;
 pub mod events;
+pub mod line;
 pub mod metrics;
 pub mod process;
 pub mod qstash;

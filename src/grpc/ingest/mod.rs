@@ -1,0 +1,119 @@
+//! `IngestService`: events in, a result for each. `WatchEvents` is not served by this version.
+//!
+//! Who may send what is settled in `admission.rs`, the stream lives in `stream.rs`. The events of one `Ingest` are checked one by one, the
+//! good ones go to the pipeline together, and the answer waits for the commit. One event that could be neither stored nor refused makes
+//! the whole call UNAVAILABLE: sending all of it again is harmless.
+
+use std::pin::Pin;
+
+use chrono::Utc;
+use futures::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::proto::ingest_result::Outcome as Verdict;
+use super::proto::ingest_service_server::IngestService;
+use super::proto::{
+    IngestRequest, IngestResponse, IngestResult, Rejection, RejectionReason, StreamIngestRequest, StreamIngestResponse,
+    WatchEventsRequest, WatchEventsResponse,
+};
+use super::{GrpcState, convert, proto, status};
+use crate::domain::outcome::{Outcome, Unavailable};
+use crate::domain::signal::SignalSet;
+use admission::{Admission, Refused, Sender};
+
+mod admission;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+/// Most events of one request.
+const MAX_EVENTS: usize = 1000;
+
+pub(super) struct Ingest {
+    state: GrpcState,
+}
+
+impl Ingest {
+    pub(super) fn new(state: GrpcState) -> Self {
+        Self { state }
+    }
+
+    /// Stores what can be stored; one result an event, in the same order. Nothing is stored before every event's site has been checked.
+    async fn store(&self, sender: &Sender, events: Vec<proto::Event>) -> Result<Vec<IngestResult>, Status> {
+        let received_at = Utc::now();
+        let mut admission = Admission::of(sender);
+        let mut accepted = Vec::with_capacity(events.len());
+        let mut items = Vec::with_capacity(events.len());
+        for event in events {
+            items.push(match admission.admit(event, received_at).await? {
+                Ok(event) => {
+                    let item = Ok((event.id.to_string(), event.signals));
+                    accepted.push(event);
+                    item
+                }
+                Err(refused) => Err(refused),
+            });
+        }
+        let mut outcomes = self.state.pipeline.submit(accepted).await.into_iter();
+        let mut result = |item: Result<(String, SignalSet), Refused>| match item {
+            Err(refused) => Ok(refused.into()),
+            Ok((id, signals)) => {
+                let outcome = outcomes.next();
+                debug_assert!(outcome.is_some(), "one outcome an event");
+                settled(id, signals, outcome.unwrap_or(Outcome::Unavailable(Unavailable::Stopping)))
+            }
+        };
+        items.into_iter().map(&mut result).collect::<Result<_, _>>().map_err(status::unavailable)
+    }
+}
+
+/// The result of an event that the pipeline took.
+fn settled(event_id: String, signals: SignalSet, outcome: Outcome) -> Result<IngestResult, Unavailable> {
+    let verdict = match outcome {
+        Outcome::Stored(receipt) => Verdict::Stored(convert::placement(&receipt, signals)),
+        Outcome::Duplicate(receipt) => Verdict::Duplicate(convert::placement(&receipt, signals)),
+        Outcome::Dead(reason) => Verdict::Rejected(reason.into()),
+        Outcome::Unavailable(why) => return Err(why),
+    };
+    Ok(IngestResult { event_id, outcome: Some(verdict) })
+}
+
+impl From<Refused> for IngestResult {
+    fn from(refused: Refused) -> Self {
+        Self { event_id: refused.id, outcome: Some(Verdict::Rejected(refused.why)) }
+    }
+}
+
+#[tonic::async_trait]
+impl IngestService for Ingest {
+    type StreamIngestStream = Pin<Box<dyn Stream<Item = Result<StreamIngestResponse, Status>> + Send>>;
+    type WatchEventsStream = tokio_stream::Empty<Result<WatchEventsResponse, Status>>;
+
+    async fn ingest(&self, request: Request<IngestRequest>) -> Result<Response<IngestResponse>, Status> {
+        let sender = Sender::of(&self.state, &request)?;
+        let events = request.into_inner().events;
+        let violation = match events.len() {
+            0 => Some((RejectionReason::Missing, "`events` is required: at least one event".to_owned())),
+            1..=MAX_EVENTS => None,
+            _ => Some((RejectionReason::OutOfRange, format!("`events` has more than {MAX_EVENTS} items"))),
+        };
+        if let Some((reason, message)) = violation {
+            return Err(status::bad_request(vec![Rejection::of(reason, "events", message)]));
+        }
+        let results = self.store(&sender, events).await?;
+        Ok(Response::new(IngestResponse { results }))
+    }
+
+    async fn stream_ingest(
+        &self,
+        request: Request<Streaming<StreamIngestRequest>>,
+    ) -> Result<Response<Self::StreamIngestStream>, Status> {
+        let sender = Sender::of(&self.state, &request)?;
+        let deadline = request.extensions().get::<super::call::Deadline>().copied();
+        Ok(Response::new(Box::pin(stream::acknowledge(sender, request.into_inner(), deadline))))
+    }
+
+    async fn watch_events(&self, _: Request<WatchEventsRequest>) -> Result<Response<Self::WatchEventsStream>, Status> {
+        status::unimplemented("WatchEvents")
+    }
+}
