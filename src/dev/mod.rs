@@ -15,6 +15,7 @@ pub mod demo;
 pub mod packages;
 pub mod postgres;
 pub mod progress;
+pub mod projects;
 pub mod run;
 pub mod tools;
 

@@ -1,4 +1,4 @@
-//! The programs that some tests need: a browser, Node, and packages of npm.
+//! The programs that some tests need: a browser, Node, Python, and packages of npm and PyPI.
 //!
 //! Each is looked for, and installed if it is not there: system programs by the
 //! machine's package manager, npm packages of one exact version into
@@ -9,10 +9,11 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use super::packages::{InstallError, Packages, one_at_a_time};
 use super::progress::{CommandError, Progress, write_stderr};
+use super::projects::{NpmProject, PythonProject};
 
 /// Something a test needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +24,14 @@ pub enum Tool {
     Chromedriver,
     Node,
     Npm,
+    /// Python 3 that can make a virtual environment.
+    Python,
     /// A package of npm, of one exact version.
     NpmPackage(NpmPackage),
+    /// Everything that a lock file of npm names.
+    NpmProject(NpmProject),
+    /// A virtual environment of Python with pinned packages.
+    PythonProject(PythonProject),
 }
 
 /// A package of npm.
@@ -45,7 +52,8 @@ pub const QSTASH: Tool = Tool::NpmPackage(NpmPackage { name: "@upstash/qstash", 
 /// Where a tool is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The program; for a library of npm its own folder, which `require` takes.
+    /// The program; for a library of npm its own folder, which `require` takes; for a project of npm its `node_modules`, and for one
+    /// of Python the interpreter.
     pub path: PathBuf,
 }
 
@@ -103,6 +111,15 @@ fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
             let npm = find_or_install(Tool::Npm, progress).map_err(|needs| missing(Why::Needs(needs)))?;
             package.install(&npm.path, progress).map_err(missing)
         }
+        Tool::NpmProject(project) => {
+            let npm = find_or_install(Tool::Npm, progress).map_err(|needs| missing(Why::Needs(needs)))?;
+            project.install(&npm.path, progress).map_err(missing)
+        }
+        Tool::PythonProject(project) => {
+            let python = find_or_install(Tool::Python, progress).map_err(|needs| missing(Why::Needs(needs)))?;
+            project.install(&python.path, progress).map_err(missing)
+        }
+        Tool::Python => install(tool, &PYTHON_PACKAGES, progress),
         Tool::Chromium | Tool::Chromedriver => install(tool, &CHROMIUM_PACKAGES, progress),
         Tool::Node | Tool::Npm => install(tool, &NODE_PACKAGES, progress),
     }
@@ -112,6 +129,9 @@ const CHROMIUM_PACKAGES: Packages =
     Packages { what: "Chromium and its driver", apt: &["chromium", "chromium-driver"], brew: &[] };
 
 const NODE_PACKAGES: Packages = Packages { what: "Node and npm", apt: &["nodejs", "npm"], brew: &["node"] };
+
+const PYTHON_PACKAGES: Packages =
+    Packages { what: "Python with venv", apt: &["python3", "python3-venv"], brew: &["python3"] };
 
 fn install(tool: Tool, packages: &Packages, progress: Progress) -> Result<Found, Missing> {
     let missing = |why| Missing { tool, why: Box::new(why) };
@@ -126,10 +146,13 @@ fn find(tool: Tool) -> Option<Found> {
         Tool::Chromedriver => &["chromedriver"],
         Tool::Node => &["node"],
         Tool::Npm => &["npm"],
+        Tool::Python => &["python3"],
         Tool::NpmPackage(package) => {
             let path = package.path_in(&package.folder());
             return path.exists().then_some(Found { path });
         }
+        Tool::NpmProject(project) => return project.find(),
+        Tool::PythonProject(project) => return project.find(),
     };
     let path = std::env::var_os("PATH")?;
     let mut places: Vec<PathBuf> =
@@ -140,8 +163,15 @@ fn find(tool: Tool) -> Option<Found> {
             places.push(PathBuf::from(inside));
         }
     }
-    let path = places.into_iter().find(|place| place.is_file())?;
+    // Debian has a Python without what makes environments.
+    let complete = |place: &PathBuf| tool != Tool::Python || makes_environments(place);
+    let path = places.into_iter().find(|place| place.is_file() && complete(place))?;
     Some(Found { path })
+}
+
+fn makes_environments(python: &Path) -> bool {
+    let asked = Command::new(python).args(["-c", "import venv, ensurepip"]).stdin(Stdio::null()).output();
+    asked.is_ok_and(|output| output.status.success())
 }
 
 impl NpmPackage {
@@ -197,16 +227,20 @@ impl NpmPackage {
     }
 }
 
-/// Beside the build, wherever that is.
 fn npm_folder() -> PathBuf {
+    tools_folder().join("npm")
+}
+
+/// Beside the build, wherever that is.
+pub(super) fn tools_folder() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     let package = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
     let package = package.unwrap_or_default();
     let target = target.unwrap_or_else(|| PathBuf::from("target"));
-    package.join(target).join("tools").join("npm")
+    package.join(target).join("tools")
 }
 
-fn on(path: &Path) -> impl Fn(io::Error) -> Why + use<> {
+pub(super) fn on(path: &Path) -> impl Fn(io::Error) -> Why + use<> {
     let path = path.to_path_buf();
     move |source| Why::Folder { path: path.clone(), source }
 }

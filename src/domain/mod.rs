@@ -15,6 +15,7 @@ pub mod call;
 pub mod campaign;
 pub mod client;
 pub mod event;
+pub mod evidence;
 pub mod id;
 pub mod job;
 pub mod matching;

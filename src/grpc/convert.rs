@@ -12,8 +12,7 @@ use prost::Message;
 use prost_types::value::Kind;
 use serde_json::{Map, Number, Value};
 
-use super::proto;
-use crate::domain::attribution::Attribution;
+use super::{proto, session};
 use crate::domain::client::{Device, TruncatedIp};
 use crate::domain::event::{Arrival, Draft};
 use crate::domain::id::EventId;
@@ -249,20 +248,11 @@ pub(super) fn score(signals: SignalSet) -> proto::Score {
 
 /// Where an event came to rest.
 pub(super) fn placement(receipt: &Receipt, event_signals: SignalSet) -> proto::Placement {
-    let attribution = match receipt.attribution {
-        Attribution::OrganicReferral => proto::Attribution::OrganicReferral,
-        Attribution::AdsAssisted => proto::Attribution::AdsAssisted,
-        Attribution::DirectToAds => proto::Attribution::DirectToAds,
-    };
     proto::Placement {
-        session: Some(proto::SessionKey {
-            site_id: receipt.session.site_id.to_string(),
-            session_month: receipt.session.month.to_string(),
-            session_id: receipt.session.id.to_string(),
-        }),
+        session: Some(session::key(receipt.session)),
         event_score: Some(score(event_signals)),
         session_score: Some(score(receipt.signals)),
-        attribution: attribution.into(),
+        attribution: session::attribution(receipt.attribution).into(),
     }
 }
 
@@ -280,7 +270,7 @@ pub(super) fn signal(wire: proto::Signal) -> Option<Signal> {
     }
 }
 
-fn wire_signal(signal: Signal) -> proto::Signal {
+pub(super) fn wire_signal(signal: Signal) -> proto::Signal {
     match signal {
         Signal::PrimaryConversion => proto::Signal::PrimaryConversion,
         Signal::Interaction => proto::Signal::Interaction,

@@ -6,6 +6,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::*;
+use crate::domain::attribution::Attribution;
 use crate::domain::event::{Event, FieldNames};
 use crate::domain::id::SiteId;
 

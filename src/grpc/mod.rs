@@ -31,8 +31,10 @@ mod health;
 mod ingest;
 mod listen;
 mod measure;
+mod page;
 pub mod proto;
 mod scoring;
+mod session;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -107,8 +109,8 @@ pub async fn serve(
         .add_service(health_service)
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection (v1alpha)")?)
-        .add_service(within_bounds!(IngestServiceServer::new(ingest::Ingest::new(state))))
-        .add_service(within_bounds!(ScoringServiceServer::new(scoring::Scoring)))
+        .add_service(within_bounds!(IngestServiceServer::new(ingest::Ingest::new(state.clone()))))
+        .add_service(within_bounds!(ScoringServiceServer::new(scoring::Scoring::new(state))))
         .add_service(within_bounds!(CallsServiceServer::new(calls::Calls)));
     // However serving ends, the health task ends with it.
     let following = stop.child_token();

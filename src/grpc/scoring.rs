@@ -1,26 +1,43 @@
-//! `ScoringService`: what signals are worth. `ScoreSignals` is pure; the RPCs that read sessions are not served by this version.
+//! `ScoringService`: what signals and sessions are worth, and why. `WatchSessions` is not served by this version.
+//!
+//! `ScoreSignals` is pure. What reads a site does so in one transaction under the policies of its caller, so that the parts of an answer
+//! agree, and by partition key: a session cannot be asked for without its month.
 
-use chrono::{DateTime, Utc};
-use serde_json::{Map, Value};
 use tonic::{Request, Response, Status};
-use uuid::Uuid;
 
-use super::convert;
 use super::proto::scoring_service_server::ScoringService;
 use super::proto::{
-    Attribution, GetSessionScoreRequest, GetSessionScoreResponse, ListTopSessionsRequest, ListTopSessionsResponse,
-    Rejection, RejectionReason, ScoreSignalsRequest, ScoreSignalsResponse, Signal as WireSignal, SignalFacts,
-    WatchSessionsRequest, WatchSessionsResponse,
+    GetSessionScoreRequest, GetSessionScoreResponse, ListTopSessionsRequest, ListTopSessionsResponse, Rejection,
+    RejectionReason, ScoreSignalsRequest, ScoreSignalsResponse, SessionKey as WireKey, WatchSessionsRequest,
+    WatchSessionsResponse,
 };
-use super::status::{bad_request, unimplemented};
-use crate::domain::event::{Arrival, Draft, Event, FieldNames};
-use crate::domain::id::SiteId;
-use crate::domain::signal::{Signal, SignalSet};
+use super::status::{bad_request, unavailable, unimplemented};
+use super::{GrpcState, access, convert, page, session};
+use crate::domain::id::{SessionId, SessionKey};
+use crate::domain::month::Month;
+use crate::domain::outcome::Unavailable;
+use crate::domain::signal::MAX_SCORE;
+use crate::domain::text::clean_some;
+use crate::store::error::StoreError;
+use crate::store::scoring::{self as reads, Place};
+use crate::store::sessions;
+use crate::store::transaction::Purpose;
 
-/// Most signals, and most facts, of one request.
-const MAX_ITEMS: usize = 1000;
+mod evidence;
+mod raised;
 
-pub(super) struct Scoring;
+/// Longest session id of a request, bytes.
+const MAX_SESSION_ID: usize = 128;
+
+pub(super) struct Scoring {
+    state: GrpcState,
+}
+
+impl Scoring {
+    pub(super) fn new(state: GrpcState) -> Self {
+        Self { state }
+    }
+}
 
 #[tonic::async_trait]
 impl ScoringService for Scoring {
@@ -30,22 +47,54 @@ impl ScoringService for Scoring {
         &self,
         request: Request<ScoreSignalsRequest>,
     ) -> Result<Response<ScoreSignalsResponse>, Status> {
-        let signals = raised(&request.into_inner()).map_err(bad_request)?;
+        let signals = raised::raised(&request.into_inner()).map_err(bad_request)?;
         Ok(Response::new(ScoreSignalsResponse { score: Some(convert::score(signals)) }))
     }
 
     async fn get_session_score(
         &self,
-        _: Request<GetSessionScoreRequest>,
+        request: Request<GetSessionScoreRequest>,
     ) -> Result<Response<GetSessionScoreResponse>, Status> {
-        unimplemented("GetSessionScore")
+        let caller = access::caller(&request)?;
+        let key = request.into_inner().session.unwrap_or_default();
+        let (month, id) = session_asked(&key).map_err(bad_request)?;
+        let site = access::site(&self.state, &caller, "session.site_id", &key.site_id).await?;
+        let key = SessionKey { site_id: site.id, month, id: SessionId::from_text(site.id, &id) };
+
+        let tx = self.state.store.begin(Purpose::Read(access::reader(&caller, site.id))).await.map_err(unread)?;
+        let answer = match sessions::find(&tx, key).await.map_err(unread)? {
+            Some(session) => Some(evidence::of(&tx, &session).await.map_err(unread)?),
+            None => None,
+        };
+        tx.commit().await.map_err(unread)?;
+        let answer = answer.ok_or_else(|| Status::not_found("the site has no such session in that month"))?;
+        Ok(Response::new(answer))
     }
 
     async fn list_top_sessions(
         &self,
-        _: Request<ListTopSessionsRequest>,
+        request: Request<ListTopSessionsRequest>,
     ) -> Result<Response<ListTopSessionsResponse>, Status> {
-        unimplemented("ListTopSessions")
+        let caller = access::caller(&request)?;
+        let request = request.into_inner();
+        let (month, min_score, size) = list_asked(&request).map_err(bad_request)?;
+        let site = access::site(&self.state, &caller, "site", &request.site).await?;
+        let pages = page::Pages::of("ListTopSessions", &(site.id, month, min_score));
+        let after = pages.open(&request.page_token).map_err(|wrong| bad_request(vec![wrong]))?;
+
+        let tx = self.state.store.begin(Purpose::Read(access::reader(&caller, site.id))).await.map_err(unread)?;
+        // One more than the page holds tells whether there is another.
+        let limit = i64::from(size) + 1;
+        let found = reads::top(&tx, (site.id, month), min_score, after.unwrap_or(Place::START), limit).await;
+        let mut found = found.map_err(unread)?;
+        tx.commit().await.map_err(unread)?;
+        let more = found.len() > usize::from(size);
+        found.truncate(usize::from(size));
+        let last = found.last().filter(|_| more);
+        Ok(Response::new(ListTopSessionsResponse {
+            next_page_token: last.map_or_else(String::new, |(place, _)| pages.seal(place)),
+            sessions: found.iter().map(|(_, found)| session::session(found)).collect(),
+        }))
     }
 
     async fn watch_sessions(
@@ -56,138 +105,111 @@ impl ScoringService for Scoring {
     }
 }
 
-/// The union of everything that the request raises, or all that is wrong with it.
-fn raised(request: &ScoreSignalsRequest) -> Result<SignalSet, Vec<Rejection>> {
-    let mut wrong = Vec::new();
-    for (field, count) in [("signals", request.signals.len()), ("facts", request.facts.len())] {
-        if count > MAX_ITEMS {
-            let message = format!("`{field}` has more than {MAX_ITEMS} items");
-            wrong.push(Rejection::of(RejectionReason::OutOfRange, field, message));
-        }
-    }
-    if !wrong.is_empty() {
-        return Err(wrong);
-    }
-
-    let mut signals = SignalSet::EMPTY;
-    let invalid = |field: String, what: &str| {
-        let message = format!("`{field}` is invalid: {what}");
-        Rejection::of(RejectionReason::Invalid, field, message)
-    };
-    for (at, number) in request.signals.iter().enumerate() {
-        match WireSignal::try_from(*number).ok().and_then(convert::signal) {
-            Some(signal) => signals = signals.with(signal),
-            None => wrong.push(invalid(format!("signals[{at}]"), "no such signal")),
-        }
-    }
-    for (at, facts) in request.facts.iter().enumerate() {
-        if facts.value.is_some_and(|value| !value.is_finite()) {
-            wrong.push(invalid(format!("facts[{at}].value"), "the number is not finite"));
-        } else {
-            signals = signals.union(signals_of(facts));
-        }
-    }
-    match Attribution::try_from(request.attribution) {
-        Ok(Attribution::AdsAssisted) => signals = signals.with(Signal::ReturningAdsAssisted),
-        Ok(Attribution::Unspecified | Attribution::OrganicReferral | Attribution::DirectToAds) => {}
-        Err(_) => wrong.push(invalid("attribution".to_owned(), "no such attribution")),
-    }
-    if wrong.is_empty() { Ok(signals) } else { Err(wrong) }
+/// A read that failed says nothing of the request: it may be sent again.
+fn unread(error: StoreError) -> Status {
+    tracing::warn!(%error, "cannot read sessions");
+    unavailable(Unavailable::Database)
 }
 
-/// What an event with these facts would raise: it is made and asked, so that there is one derivation.
-fn signals_of(facts: &SignalFacts) -> SignalSet {
-    let counts = [("scroll_pct", facts.scroll_pct), ("cta_hovers", facts.cta_hovers)];
-    let meta: Map<String, Value> =
-        counts.into_iter().filter_map(|(key, count)| Some((key.to_owned(), count?.into()))).collect();
-    let draft = Draft {
-        id: Some(Uuid::nil().to_string()),
-        url: Some("https://facts.invalid/".to_owned()),
-        session: Some("facts".to_owned()),
-        category: Some(facts.category.clone()),
-        action: Some(facts.action.clone()),
-        value: facts.value,
-        referrer: facts.referrer.clone(),
-        meta,
-        ..Draft::default()
+/// The month and the id of the session that is asked for, or all that is wrong with its key.
+fn session_asked(key: &WireKey) -> Result<(Month, String), Vec<Rejection>> {
+    let mut wrong = Vec::new();
+    if key.site_id.trim().is_empty() {
+        wrong.push(missing("session.site_id", "the site's public id or UUID"));
+    }
+    let month = month("session.session_month", &key.session_month).map_err(|bad| wrong.push(bad)).ok();
+    let field = "session.session_id";
+    // An event's session id is cleaned in the same way before it becomes a name.
+    let id = match clean_some(&key.session_id, MAX_SESSION_ID) {
+        _ if key.session_id.len() > MAX_SESSION_ID => {
+            let message = format!("`{field}` is longer than {MAX_SESSION_ID} bytes");
+            wrong.push(Rejection::of(RejectionReason::OutOfRange, field, message));
+            None
+        }
+        None => {
+            wrong.push(missing(field, "the session's id"));
+            None
+        }
+        id => id,
     };
-    let names = FieldNames { url: "url", session: "session_id" };
-    let arrival = Arrival::at(DateTime::<Utc>::UNIX_EPOCH);
-    // Only a draft without URL or session is refused, and this one has both.
-    Event::accept(SiteId::from_uuid(Uuid::nil()), draft, &arrival, names)
-        .map_or(SignalSet::EMPTY, |event| event.signals)
+    month.zip(id).filter(|_| wrong.is_empty()).ok_or(wrong)
+}
+
+/// The month, the minimum score and the page size that are asked for, or all that is wrong with them.
+fn list_asked(request: &ListTopSessionsRequest) -> Result<(Month, u8, u16), Vec<Rejection>> {
+    let mut wrong = Vec::new();
+    if request.site.trim().is_empty() {
+        wrong.push(missing("site", "the site's public id or UUID"));
+    }
+    let month = month("session_month", &request.session_month).map_err(|bad| wrong.push(bad)).ok();
+    let score = u8::try_from(request.min_score).ok().filter(|score| *score <= MAX_SCORE);
+    if score.is_none() {
+        let message = format!("`min_score` is more than {MAX_SCORE}");
+        wrong.push(Rejection::of(RejectionReason::OutOfRange, "min_score", message));
+    }
+    let size = page::size(request.page_size).map_err(|bad| wrong.push(bad)).ok();
+    match (month, score, size) {
+        (Some(month), Some(score), Some(size)) if wrong.is_empty() => Ok((month, score, size)),
+        _ => Err(wrong),
+    }
+}
+
+fn missing(field: &'static str, what: &str) -> Rejection {
+    Rejection::of(RejectionReason::Missing, field, format!("`{field}` is required: {what}"))
+}
+
+/// A month as the contract writes it, and in no other way.
+fn month(field: &'static str, text: &str) -> Result<Month, Rejection> {
+    if text.is_empty() {
+        return Err(missing(field, "the first day of the month, as YYYY-MM-01"));
+    }
+    let month = text.parse::<Month>().ok().filter(|month| month.to_string() == text);
+    month.ok_or_else(|| {
+        let message = format!("`{field}` is invalid: a month is its first day, as YYYY-MM-01");
+        Rejection::of(RejectionReason::Invalid, field, message)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-    use prost::Message;
 
-    fn score(request: &ScoreSignalsRequest) -> (u32, Vec<(WireSignal, u32)>, bool) {
-        let score = convert::score(raised(request).expect("a good request"));
-        let lines = score.breakdown.iter().map(|line| (line.signal(), line.points)).collect();
-        (score.value, lines, score.capped)
-    }
-
-    fn facts(fill: impl FnOnce(&mut SignalFacts)) -> ScoreSignalsRequest {
-        let mut facts = SignalFacts::default();
-        fill(&mut facts);
-        ScoreSignalsRequest { facts: vec![facts], ..ScoreSignalsRequest::default() }
+    fn told<T>(asked: Result<T, Vec<Rejection>>) -> Vec<(RejectionReason, String)> {
+        let wrong = asked.err().unwrap_or_default();
+        wrong.into_iter().map(|violation| (violation.reason(), violation.field)).collect()
     }
 
     #[test]
-    fn a_score_comes_with_its_breakdown() {
-        assert_eq!(score(&ScoreSignalsRequest::default()), (0, vec![], false));
-        let request = ScoreSignalsRequest {
-            signals: vec![WireSignal::Scroll90.into(), WireSignal::Scroll90.into()],
-            attribution: Attribution::AdsAssisted.into(),
-            facts: facts(|f| f.category = "conversion".to_owned()).facts,
+    fn every_part_of_a_key_that_is_wrong_is_named() {
+        let key = |site: &str, month: &str, id: &str| {
+            session_asked(&WireKey { site_id: site.into(), session_month: month.into(), session_id: id.into() })
         };
-        let lines = vec![
-            (WireSignal::PrimaryConversion, 50),
-            (WireSignal::Scroll50, 10),
-            (WireSignal::Scroll90, 20),
-            (WireSignal::ReturningAdsAssisted, 25),
-        ];
-        assert_eq!(score(&request), (100, lines, true), "105 points are capped");
-    }
-
-    #[test]
-    fn facts_raise_what_an_event_would_raise() {
-        let value = |fill: fn(&mut SignalFacts)| score(&facts(fill)).0;
-        assert_eq!(value(|f| f.action = "whatsapp".to_owned()), 50);
-        assert_eq!(value(|f| f.category = "interaction".to_owned()), 10);
-        assert_eq!(value(|f| (f.action, f.value) = ("scroll_depth".to_owned(), Some(90.0))), 30);
-        assert_eq!(value(|f| f.value = Some(90.0)), 0);
-        assert_eq!(value(|f| (f.scroll_pct, f.cta_hovers) = (Some(u32::MAX), Some(1))), 45);
-        assert_eq!(value(|f| f.referrer = Some("https://www.google.de/".to_owned())), 5);
-        assert_eq!(value(|f| f.referrer = Some("https://evil.example/google.de".to_owned())), 0);
-    }
-
-    #[test]
-    fn what_cannot_be_scored_is_named() {
-        let fields = |request: &ScoreSignalsRequest| -> Vec<(RejectionReason, String)> {
-            let wrong = raised(request).expect_err("a bad request");
-            wrong.into_iter().map(|violation| (violation.reason(), violation.field)).collect()
-        };
-        let many = ScoreSignalsRequest { signals: vec![1; 1001], ..ScoreSignalsRequest::default() };
-        assert_eq!(fields(&many), [(RejectionReason::OutOfRange, "signals".to_owned())]);
-        let mut request = facts(|f| f.value = Some(f64::NAN));
-        (request.signals, request.attribution) = (vec![1, 0, 99], -1);
-        let named: Vec<String> = fields(&request).into_iter().map(|(_, field)| field).collect();
-        assert_eq!(named, ["signals[1]", "signals[2]", "facts[0].value", "attribution"]);
-    }
-
-    proptest! {
-        #[test]
-        fn any_request_has_a_score_or_a_named_fault(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            if let Ok(request) = ScoreSignalsRequest::decode(bytes.as_slice()) {
-                match raised(&request) {
-                    Ok(signals) => prop_assert!(convert::score(signals).value <= 100),
-                    Err(wrong) => prop_assert!(wrong.iter().all(|violation| !violation.field.is_empty())),
-                }
-            }
+        assert_eq!(key("a", "2026-11-01", " v\0_1 "), Ok(("2026-11-01".parse().expect("a month"), "v_1".into())));
+        let parts = ["session.site_id", "session.session_month", "session.session_id"];
+        let all = |reasons: [RejectionReason; 3]| reasons.into_iter().zip(parts.map(str::to_owned)).collect::<Vec<_>>();
+        assert_eq!(told(key(" ", "", "\0 ")), all([RejectionReason::Missing; 3]));
+        for bad in ["2026-11", "2026-11-02", "2026-11-01T00:00:00Z", " 2026-11-01", "2026-13-01", "soon"] {
+            assert_eq!(told(key("a", bad, "v")), [(RejectionReason::Invalid, parts[1].to_owned())], "{bad}");
         }
+        assert_eq!(told(key("a", "2026-11-01", &"x".repeat(128))), []);
+        let long = told(key("a", "2026-11-01", &"x".repeat(129)));
+        assert_eq!(long, [(RejectionReason::OutOfRange, parts[2].to_owned())]);
+    }
+
+    #[test]
+    fn a_list_outside_its_bounds_is_refused() {
+        let mut request = ListTopSessionsRequest {
+            site: "a".to_owned(),
+            session_month: "2026-11-01".to_owned(),
+            min_score: 100,
+            page_size: 500,
+            page_token: String::new(),
+        };
+        assert_eq!(list_asked(&request).map(|(_, score, size)| (score, size)), Ok((100, 500)));
+        (request.min_score, request.page_size) = (101, 501);
+        let reason = RejectionReason::OutOfRange;
+        assert_eq!(told(list_asked(&request)), [(reason, "min_score".to_owned()), (reason, "page_size".to_owned())]);
+        (request.min_score, request.page_size) = (0, 0);
+        assert_eq!(list_asked(&request).map(|(_, score, size)| (score, size)), Ok((0, 50)));
     }
 }

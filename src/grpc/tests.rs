@@ -19,8 +19,8 @@ use super::proto::ingest_result::Outcome;
 use super::proto::ingest_service_client::IngestServiceClient;
 use super::proto::scoring_service_client::ScoringServiceClient;
 use super::proto::{
-    Event, GetSessionScoreRequest, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal,
-    WatchEventsRequest,
+    Event, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal, WatchEventsRequest,
+    WatchSessionsRequest,
 };
 use super::*;
 use crate::domain::access::{Caller, Reach, Scope};
@@ -171,14 +171,14 @@ async fn what_this_version_does_not_serve_says_so() {
     let record = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
         .record_call(RecordCallRequest::default())
         .await;
-    let get = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .get_session_score(GetSessionScoreRequest::default())
+    let sessions = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .watch_sessions(WatchSessionsRequest::default())
         .await;
-    let watch = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
+    let events = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
         .watch_events(WatchEventsRequest::default())
         .await;
-    let refused = [record.map(drop), get.map(drop), watch.map(drop)];
-    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "GetSessionScore", "WatchEvents"]) {
+    let refused = [record.map(drop), sessions.map(drop), events.map(drop)];
+    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "WatchSessions", "WatchEvents"]) {
         let status = answer.expect_err("not served");
         assert_eq!(status.code(), Code::Unimplemented);
         assert!(status.message().contains(rpc), "{}", status.message());

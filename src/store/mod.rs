@@ -15,6 +15,7 @@ pub mod migrate;
 pub mod partitions;
 pub mod pool;
 pub mod rematches;
+pub mod scoring;
 pub mod sessions;
 pub mod sites;
 pub mod statement;

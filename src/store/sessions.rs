@@ -84,7 +84,7 @@ const OTHER_CLICKS: [(Field, &str); 5] = [
     (Field::Msclkid, "msclkid"),
 ];
 
-static COLUMN_NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
+pub(super) static COLUMN_NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
     let texts = TEXT_COLUMNS.iter().map(|(_, name)| *name);
     OWN_COLUMNS.into_iter().chain(texts).collect()
 });
@@ -339,7 +339,7 @@ impl<'s> Columns<'s> {
 }
 
 /// A row as the session it was. What a hand-written row does not tell in `provenance` counts as told when the session began.
-fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Send + Sync>> {
+pub(super) fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Send + Sync>> {
     let month = Month::containing(row.try_get("created_month")?);
     let key = SessionKey {
         site_id: SiteId::from_uuid(row.try_get("site_id")?),
