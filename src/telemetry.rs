@@ -49,6 +49,8 @@ pub const ADMISSIONS_TOTAL: &str = "opsmantik_admissions_total";
 /// Fetches of the sign-in service's public keys: `fetched`, `failed`.
 pub const JWKS_FETCHES_TOTAL: &str = "opsmantik_jwks_fetches_total";
 
+/// Pushes of calls, by what they did (`created`, `merged`, `unchanged`) and by how the call is matched since.
+pub const CALL_PUSHES_TOTAL: &str = "opsmantik_call_pushes_total";
 /// Calls that were matched again because something late came in.
 pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";
 

@@ -59,6 +59,16 @@ pub enum Effect {
     Unchanged,
 }
 
+impl Effect {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Merged => "merged",
+            Self::Unchanged => "unchanged",
+        }
+    }
+}
+
 /// A call after a push.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recorded {
@@ -115,6 +125,9 @@ impl Calls {
                 let pushes: Vec<&Push> = chunk.iter().map(|(_, push)| push).collect();
                 let results = patiently(|| record_once(&self.store, site, &pushes)).await?;
                 for ((place, _), result) in chunk.iter().zip(results) {
+                    let (effect, method) = (result.effect.name(), result.call.found.decision.method.name());
+                    metrics::counter!(telemetry::CALL_PUSHES_TOTAL, "effect" => effect, "method" => method)
+                        .increment(1);
                     recorded[*place] = Some(result);
                 }
             }

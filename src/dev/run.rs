@@ -83,7 +83,7 @@ impl Dev {
         let server = Server::start(&settings, Mode::Dev, &url, listeners, demo.clone().router("/demo")).await?;
         let stop_demo = CancellationToken::new();
         let demo_page = tokio::spawn(serve(demo_listener, demo.router(""), Limits::default(), stop_demo.clone()));
-        print_what_to_do(&server, demo_addr, &site, &token, &cluster.psql_line(DATABASE));
+        print_what_to_do(&server, demo_addr, &site, &token, &url, &cluster.psql_line(DATABASE));
 
         asked_to_stop(hang_ups()?, || ControlFlow::Break(())).await?;
         stop_demo.cancel();
@@ -172,7 +172,7 @@ fn keep(file: &Path, text: &str) -> std::io::Result<()> {
     std::fs::rename(part, file)
 }
 
-fn print_what_to_do(server: &Server, demo: SocketAddr, site: &Site, token: &ApiToken, psql: &str) {
+fn print_what_to_do(server: &Server, demo: SocketAddr, site: &Site, token: &ApiToken, database: &str, psql: &str) {
     let (http, grpc, admin) = (server.http_addr, server.grpc_addr, server.admin_addr);
     println!(
         r#"
@@ -189,14 +189,15 @@ OpsMantik is running. Ctrl-C stops it; the data stays.
 
   Token       {token}   (every scope, the demo site)
 
-  gRPC        grpcurl -plaintext -H 'authorization: Bearer {token}' \
-                -d '{{"signals":["SIGNAL_PRIMARY_CONVERSION","SIGNAL_SCROLL_90"]}}' {grpc} opsmantik.v1.ScoringService/ScoreSignals
+  gRPC        rpc() {{ npx -y @bufbuild/buf@1.75.0 curl --protocol grpc --http2-prior-knowledge --schema proto \
+                -H 'authorization: Bearer {token}' -d "$2" http://{grpc}/opsmantik.v1.$1; }}
+              rpc ScoringService/ScoreSignals '{{"signals":["SIGNAL_PRIMARY_CONVERSION","SIGNAL_SCROLL_90"]}}'
 
-  A call      grpcurl -plaintext -H 'authorization: Bearer {token}' -d @ {grpc} opsmantik.v1.CallsService/RecordCall <<CALL
-{{"call":{{"site":"{public_id}","key":{{"provider":"demo","provider_call_id":"1"}},"dialled_number":"+12025550123",
- "caller_number":"+12025550187","started_at":"$(date -u +%FT%TZ)"}}}}
-CALL
-              (a call from the page's own number, matched to the telephone link that you clicked)
+  A call      rpc CallsService/RecordCall '{{"call":{{"site":"{public_id}","key":{{"provider":"demo","provider_call_id":"1"}},
+                "dialled_number":"+12025550123","caller_number":"+12025550187","started_at":"'"$(date -u +%FT%TZ)"'"}}}}'
+              (it finds the visit that clicked on the telephone link)
+
+  Commands    DATABASE_URL={database} opsmantik token list
 
   SQL         {psql}
 

@@ -18,6 +18,7 @@ mod merge;
 mod pipeline;
 mod process;
 mod qstash;
+mod readme;
 mod schema;
 mod scoring;
 mod statements;
