@@ -30,8 +30,8 @@ use crate::telemetry;
 pub mod caller_key;
 mod matching;
 
-/// Most calls of one transaction: the gate of the site is closed meanwhile.
-const CHUNK: usize = 100;
+/// Most calls of one transaction: the gate of the site is closed meanwhile. So many of one month share one.
+pub const CHUNK: usize = 100;
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
 /// How often the sweep looks.

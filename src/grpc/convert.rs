@@ -218,7 +218,7 @@ fn number(value: f64) -> Value {
 }
 
 /// The instant, if the timestamp is within its own type's bounds: the years 1 to 9999, and nanoseconds of one second.
-fn instant(time: prost_types::Timestamp) -> Option<DateTime<Utc>> {
+pub(super) fn instant(time: prost_types::Timestamp) -> Option<DateTime<Utc>> {
     let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
     DateTime::from_timestamp(time.seconds, nanos).filter(|instant| (1..=9999).contains(&instant.year()))
 }

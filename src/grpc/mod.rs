@@ -110,8 +110,8 @@ pub async fn serve(
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection (v1alpha)")?)
         .add_service(within_bounds!(IngestServiceServer::new(ingest::Ingest::new(state.clone()))))
-        .add_service(within_bounds!(ScoringServiceServer::new(scoring::Scoring::new(state))))
-        .add_service(within_bounds!(CallsServiceServer::new(calls::Calls)));
+        .add_service(within_bounds!(ScoringServiceServer::new(scoring::Scoring::new(state.clone()))))
+        .add_service(within_bounds!(CallsServiceServer::new(calls::Calls::new(state))));
     // However serving ends, the health task ends with it.
     let following = stop.child_token();
     let _end_with_us = following.clone().drop_guard();

@@ -11,11 +11,21 @@ use crate::domain::outcome::{DeathReason, Unavailable};
 use crate::domain::refusal::{Refusal, RefusalReason};
 
 /// Most violations that one status tells: they travel in trailers, which clients bound to a few KiB.
-const MAX_VIOLATIONS: usize = 16;
+pub(super) const MAX_VIOLATIONS: usize = 16;
 
 impl Rejection {
     pub(super) fn of(reason: RejectionReason, field: impl Into<String>, message: impl Into<String>) -> Self {
         Self { reason: reason.into(), field: field.into(), message: message.into() }
+    }
+
+    /// The same of the message in `parent`, as a refusal of the whole request names it.
+    pub(super) fn within(self, parent: &str) -> Self {
+        if self.field.is_empty() {
+            return Self { field: parent.to_owned(), ..self };
+        }
+        let field = format!("{parent}.{}", self.field);
+        let message = self.message.replacen(&format!("`{}`", self.field), &format!("`{field}`"), 1);
+        Self { reason: self.reason, field, message }
     }
 }
 
@@ -36,10 +46,10 @@ impl From<DeathReason> for Rejection {
     fn from(reason: DeathReason) -> Self {
         let (field, message) = match reason {
             DeathReason::RefusedByDatabase | DeathReason::MalformedJob => {
-                ("", "the database refuses the event; it is kept among the dead letters")
+                ("", "the database refuses it; it is kept among the dead letters")
             }
             DeathReason::UnknownSite => {
-                ("site", "the site was removed while the event came in; it is kept among the dead letters")
+                ("site", "the site was removed while it came in; it is kept among the dead letters")
             }
         };
         Self::of(RejectionReason::Unstorable, field, message)

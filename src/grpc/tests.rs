@@ -19,7 +19,7 @@ use super::proto::ingest_result::Outcome;
 use super::proto::ingest_service_client::IngestServiceClient;
 use super::proto::scoring_service_client::ScoringServiceClient;
 use super::proto::{
-    Event, IngestRequest, RecordCallRequest, RejectionReason, ScoreSignalsRequest, Signal, WatchEventsRequest,
+    Event, IngestRequest, RejectionReason, ScoreSignalsRequest, Signal, WatchCallsRequest, WatchEventsRequest,
     WatchSessionsRequest,
 };
 use super::*;
@@ -168,8 +168,8 @@ async fn without_a_database_events_are_refused_or_unavailable_and_never_lost_in_
 #[tokio::test]
 async fn what_this_version_does_not_serve_says_so() {
     let door = door().await;
-    let record = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .record_call(RecordCallRequest::default())
+    let calls = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
+        .watch_calls(WatchCallsRequest::default())
         .await;
     let sessions = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
         .watch_sessions(WatchSessionsRequest::default())
@@ -177,8 +177,8 @@ async fn what_this_version_does_not_serve_says_so() {
     let events = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
         .watch_events(WatchEventsRequest::default())
         .await;
-    let refused = [record.map(drop), sessions.map(drop), events.map(drop)];
-    for (answer, rpc) in refused.into_iter().zip(["RecordCall", "WatchSessions", "WatchEvents"]) {
+    let refused = [calls.map(drop), sessions.map(drop), events.map(drop)];
+    for (answer, rpc) in refused.into_iter().zip(["WatchCalls", "WatchSessions", "WatchEvents"]) {
         let status = answer.expect_err("not served");
         assert_eq!(status.code(), Code::Unimplemented);
         assert!(status.message().contains(rpc), "{}", status.message());

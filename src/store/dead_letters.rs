@@ -48,12 +48,12 @@ pub struct DeadLetter {
     pub id: DeadLetterId,
     pub site_id: Option<SiteId>,
     pub event_id: Option<EventId>,
-    /// Which door it came through: `worker`, `pipeline`.
+    /// Which door it came through: `worker`, `pipeline`, `calls`.
     pub source: &'static str,
     pub reason: DeathReason,
     /// What exactly was wrong, for the engineer.
     pub detail: String,
-    /// The job as JSON, or the body as text.
+    /// The job as JSON, or the body as text. Of a call its key only: numbers are not kept.
     pub payload: String,
     pub received_at: DateTime<Utc>,
 }

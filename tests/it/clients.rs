@@ -12,6 +12,7 @@ use opsmantik::domain::access::Scope;
 use tokio::process::Command;
 use uuid::Uuid;
 
+use crate::support::calls::KEY;
 use crate::support::database::{Database, database};
 use crate::support::process::Server;
 
@@ -27,7 +28,8 @@ const TYPESCRIPT: Tool = Tool::NpmProject(NpmProject {
 });
 
 /// The parts of the contract that this version serves.
-const SERVED: [&str; 8] = ["ingest", "stream", "scoring", "errors", "deadline", "cancellation", "health", "reflection"];
+const SERVED: [&str; 9] =
+    ["ingest", "stream", "scoring", "calls", "errors", "deadline", "cancellation", "health", "reflection"];
 /// No program of a client takes longer, compiling included.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -51,7 +53,7 @@ struct Judged {
 impl Judged {
     async fn start() -> Self {
         let database = database().await;
-        let server = Server::start(&database.url).await;
+        let server = Server::start_with(&database.url, &[("CALLER_KEY", KEY)]).await;
         Self { database, server }
     }
 
@@ -139,9 +141,7 @@ async fn a_python_client_finds_the_server_as_the_contract_says() {
     let (args, said) = conformance(&["conformance.py", "shop"]);
     let folder = workshop.client("python");
     assert_eq!(judged.passes("shop", &python, &args, &folder).await, said);
-    if SERVED.contains(&"calls") {
-        matched(&judged.passes("walk", &python, &["calls.py", "walk"], &folder).await);
-    }
+    matched(&judged.passes("walk", &python, &["calls.py", "walk"], &folder).await);
 }
 
 #[tokio::test]
@@ -161,7 +161,5 @@ async fn a_typescript_client_compiles_strictly_and_finds_the_server_as_the_contr
     let tsx = node_modules.join(".bin/tsx");
     let (args, said) = conformance(&["conformance.ts", "shop"]);
     assert_eq!(judged.passes("shop", &tsx, &args, &folder).await, said);
-    if SERVED.contains(&"calls") {
-        matched(&judged.passes("walk", &tsx, &["calls.ts", "walk"], &folder).await);
-    }
+    matched(&judged.passes("walk", &tsx, &["calls.ts", "walk"], &folder).await);
 }

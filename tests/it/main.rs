@@ -5,6 +5,7 @@
 
 mod access;
 mod any_body;
+//mod arbitrary;
 mod browser;
 mod calls;
 mod cli;
@@ -24,5 +25,6 @@ mod scoring;
 mod statements;
 mod stream;
 mod support;
+mod telephony;
 mod tls;
 mod worker;

@@ -11,8 +11,11 @@ pub const BUSINESS: &str = "+12025550123";
 /// The number that their callers have.
 pub const CALLER: &str = "+12025550187";
 
+/// By which the tests' servers hash callers' numbers.
+pub const KEY: &str = "a key of the tests, which is long enough";
+
 pub fn key() -> CallerKey {
-    CallerKey::new("a key of the tests, which is long enough").expect("long enough")
+    CallerKey::new(KEY).expect("long enough")
 }
 
 /// A push that tells the least: by its provider's id, at a time, from a known caller.

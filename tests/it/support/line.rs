@@ -37,6 +37,12 @@ pub type Client = IngestServiceClient<InterceptedService<Channel, Bearer>>;
 #[derive(Clone)]
 pub struct Bearer(String);
 
+impl Bearer {
+    pub fn new(token: &str) -> Self {
+        Self(token.to_owned())
+    }
+}
+
 impl Interceptor for Bearer {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         bearer(&self.0)(request)
