@@ -5,7 +5,7 @@
 
 mod access;
 mod any_body;
-//mod arbitrary;
+mod arbitrary;
 mod browser;
 mod calls;
 mod cli;
