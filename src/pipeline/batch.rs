@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use crate::domain::ads_history::{self, Reach, WINDOW};
 use crate::domain::attribution::Attribution;
 use crate::domain::event::Event;
-use crate::domain::id::{SessionId, SessionKey, SiteId};
+use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
 use crate::domain::outcome::{Outcome, Receipt};
 use crate::domain::rematch::Touched;
@@ -51,9 +51,12 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
     visits.dedup();
     let sites: Vec<SiteId> = visits.iter().map(|(site, _)| *site).collect();
     locks::pass(&tx, &sites, visits.iter().map(|(site, id)| LockName::session(*site, *id)).collect()).await?;
-    let stored = known_by_visit(store::sessions::load(&tx, months, &visits).await?);
+    let stored = store::sessions::load(&tx, months, &visits).await?;
+    let known = known_by_visit(&stored);
+    let settled =
+        if known.len() < stored.len() { settled(&tx, months, events, &stored).await? } else { HashMap::new() };
 
-    let placed = place(events, &stored);
+    let placed = place(events, &known, &settled);
     let new = insert(&tx, &placed).await?;
     let mut changes = merge(&placed, &new, stored);
     let mut rematch = Vec::new();
@@ -64,25 +67,8 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
         let corrected = correct_followers(&tx, &changes).await?;
         rematch = store::rematches::note(&tx, &touched(&changes, &placed, &new, corrected)).await?;
     }
+    let outcomes = outcomes(&tx, months, &placed, &new, &changes).await?;
     tx.commit().await?;
-
-    let outcomes = placed
-        .iter()
-        .enumerate()
-        .map(|(place, (key, event))| {
-            let session = changes.get(key).map(|change| &change.after);
-            if session.is_none() {
-                tracing::warn!(event.id = %event.id, site.id = %event.site_id, "an event has the id of another session's event, and counts as its copy");
-            }
-            let receipt = Receipt {
-                session: *key,
-                // No session: the event's id is taken by an event of another session, and this copy changed nothing.
-                signals: session.map_or(SignalSet::EMPTY, Session::signals),
-                attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
-            };
-            if new.contains(&place) { Outcome::Stored(receipt) } else { Outcome::Duplicate(receipt) }
-        })
-        .collect();
     Ok(Written { outcomes, rematch })
 }
 
@@ -108,20 +94,76 @@ fn touched(
     touched
 }
 
-/// Stored sessions by visit. A visit has one session; were there two, the earlier month is the one that everybody follows.
-fn known_by_visit(sessions: Vec<Session>) -> HashMap<(SiteId, SessionId), Session> {
-    let mut known: HashMap<_, Session> = HashMap::with_capacity(sessions.len());
-    for session in sessions {
-        let visit = (session.key.site_id, session.key.id);
-        if known.get(&visit).is_none_or(|other| session.key.month < other.key.month) {
-            known.insert(visit, session);
+/// What became of each event. A copy is told where the event lies, which is another session if that was the first to use its id.
+async fn outcomes(
+    tx: &Transaction<'_>,
+    months: [Month; 3],
+    placed: &[(SessionKey, &Event)],
+    new: &HashSet<usize>,
+    changes: &BTreeMap<SessionKey, Change>,
+) -> Result<Vec<Outcome>, StoreError> {
+    let copies = placed.iter().enumerate().filter(|(place, _)| !new.contains(place));
+    let ids: Vec<(SiteId, EventId)> = copies.map(|(_, (key, event))| (key.site_id, event.id)).collect();
+    let lie = if ids.is_empty() { HashMap::new() } else { store::events::sessions_of(tx, months, &ids).await? };
+    let elsewhere: Vec<(SiteId, SessionId)> =
+        lie.values().filter(|key| !changes.contains_key(key)).map(|key| (key.site_id, key.id)).collect();
+    let others = if elsewhere.is_empty() { Vec::new() } else { store::sessions::load(tx, months, &elsewhere).await? };
+
+    let receipt = |key: SessionKey| {
+        let other = || others.iter().find(|session| session.key == key);
+        let session = changes.get(&key).map(|change| &change.after).or_else(other);
+        Receipt {
+            session: key,
+            signals: session.map_or(SignalSet::EMPTY, Session::signals),
+            attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
         }
+    };
+    let outcome = |(place, (key, event)): (usize, &(SessionKey, &Event))| {
+        if new.contains(&place) {
+            return Outcome::Stored(receipt(*key));
+        }
+        let lies = lie.get(&(key.site_id, event.id)).copied().unwrap_or(*key);
+        if (lies.site_id, lies.id) != (event.site_id, event.session_id) {
+            tracing::warn!(event.id = %event.id, site.id = %event.site_id, "an event has the id of another session's event, and counts as its copy");
+        }
+        Outcome::Duplicate(receipt(lies))
+    };
+    Ok(placed.iter().enumerate().map(outcome).collect())
+}
+
+/// Where stored sessions lie, by visit. A visit has one session; were there two (its events were imported over months that are no
+/// neighbours, in any order), the earlier is the one that everybody follows.
+fn known_by_visit(sessions: &[Session]) -> HashMap<(SiteId, SessionId), SessionKey> {
+    let mut known: HashMap<_, SessionKey> = HashMap::with_capacity(sessions.len());
+    for session in sessions {
+        let key = known.entry((session.key.site_id, session.key.id)).or_insert(session.key);
+        *key = session.key.min(*key);
     }
     known
 }
 
+/// Of visits with two sessions: the events that are stored already, and in which. So a copy of theirs is one, whichever is followed now.
+async fn settled(
+    tx: &Transaction<'_>,
+    months: [Month; 3],
+    events: &[&Event],
+    stored: &[Session],
+) -> Result<HashMap<(SiteId, EventId), SessionKey>, StoreError> {
+    let twice = |event: &Event| {
+        let of_visit = |session: &&Session| (session.key.site_id, session.key.id) == (event.site_id, event.session_id);
+        stored.iter().filter(of_visit).count() > 1
+    };
+    let ids: Vec<(SiteId, EventId)> =
+        events.iter().filter(|event| twice(event)).map(|event| (event.site_id, event.id)).collect();
+    store::events::sessions_of(tx, months, &ids).await
+}
+
 /// Each event with the key of its session: the stored month, or else the one of the visit's first event in this batch.
-fn place<'e>(events: &[&'e Event], stored: &HashMap<(SiteId, SessionId), Session>) -> Vec<(SessionKey, &'e Event)> {
+fn place<'e>(
+    events: &[&'e Event],
+    known: &HashMap<(SiteId, SessionId), SessionKey>,
+    settled: &HashMap<(SiteId, EventId), SessionKey>,
+) -> Vec<(SessionKey, &'e Event)> {
     let mut beginnings: HashMap<(SiteId, SessionId), &Event> = HashMap::new();
     for event in events {
         let beginning = beginnings.entry((event.site_id, event.session_id)).or_insert(event);
@@ -131,11 +173,15 @@ fn place<'e>(events: &[&'e Event], stored: &HashMap<(SiteId, SessionId), Session
     }
     let key = |event: &Event| {
         let visit = (event.site_id, event.session_id);
-        let month = match stored.get(&visit) {
-            Some(session) => session.key.month,
-            None => Month::for_new_session(beginnings[&visit].month_hint, beginnings[&visit].received_at),
-        };
-        SessionKey { site_id: event.site_id, month, id: event.session_id }
+        let settled = settled.get(&(event.site_id, event.id)).filter(|key| key.id == event.session_id);
+        match settled.or_else(|| known.get(&visit)) {
+            Some(key) => *key,
+            None => {
+                let beginning = beginnings[&visit];
+                let month = Month::for_new_session(beginning.month_hint, beginning.received_at);
+                SessionKey { site_id: event.site_id, month, id: event.session_id }
+            }
+        }
     };
     events.iter().map(|event| (key(event), *event)).collect()
 }
@@ -152,13 +198,9 @@ async fn insert(tx: &Transaction<'_>, placed: &[(SessionKey, &Event)]) -> Result
 }
 
 /// The sessions of the batch, sorted by key, with the new events merged in.
-fn merge(
-    placed: &[(SessionKey, &Event)],
-    new: &HashSet<usize>,
-    mut stored: HashMap<(SiteId, SessionId), Session>,
-) -> BTreeMap<SessionKey, Change> {
+fn merge(placed: &[(SessionKey, &Event)], new: &HashSet<usize>, stored: Vec<Session>) -> BTreeMap<SessionKey, Change> {
     let mut changes: BTreeMap<SessionKey, Change> = BTreeMap::new();
-    for session in stored.drain().map(|(_, session)| session) {
+    for session in stored {
         changes.insert(session.key, Change { before: Some(session.clone()), after: session });
     }
     for (place, (key, event)) in placed.iter().enumerate() {

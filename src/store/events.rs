@@ -1,6 +1,6 @@
 //! `events`: the action log. The primary key makes a second copy of an event change nothing.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -10,7 +10,7 @@ use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
 use crate::domain::event::Event;
-use crate::domain::id::{EventId, SessionKey, SiteId};
+use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
 
 crate::statement!(
@@ -39,6 +39,15 @@ crate::statement!(
      SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) \
      ON CONFLICT (site_id, session_month, id) DO NOTHING \
      RETURNING site_id, session_month, id"
+);
+
+crate::statement!(
+    SESSIONS_OF_EVENTS,
+    Months::In(&[1, 2, 3]),
+    [DATE, DATE, DATE, UUID_ARRAY, UUID_ARRAY],
+    "SELECT e.site_id, e.session_month, e.session_id, e.id FROM public.events e \
+     JOIN unnest($4, $5) AS wanted (site_id, id) ON e.site_id = wanted.site_id AND e.id = wanted.id \
+     WHERE e.session_month IN ($1, $2, $3)"
 );
 
 crate::statement!(
@@ -90,6 +99,33 @@ pub async fn insert(tx: &Transaction<'_>, events: &[(SessionKey, &Event)]) -> Re
             Ok((SiteId::from_uuid(site), Month::containing(month), EventId::from_uuid(id)))
         })
         .collect()
+}
+
+/// The sessions to which stored events belong, of those with these ids in any of three months. An id that lies in two of them (which only a hand can
+/// have done) is told with the earlier.
+pub async fn sessions_of(
+    tx: &Transaction<'_>,
+    months: [Month; 3],
+    ids: &[(SiteId, EventId)],
+) -> Result<HashMap<(SiteId, EventId), SessionKey>, StoreError> {
+    let [first, second, third] = months.map(Month::first_day);
+    let (sites, ids): (Vec<Uuid>, Vec<Uuid>) = ids.iter().map(|(site, id)| (site.as_uuid(), id.as_uuid())).unzip();
+    let rows = tx.query(&SESSIONS_OF_EVENTS, &[&first, &second, &third, &sites, &ids]).await?;
+    let mut found: HashMap<(SiteId, EventId), SessionKey> = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let read = || -> Result<(EventId, SessionKey), tokio_postgres::Error> {
+            let session = SessionKey {
+                site_id: SiteId::from_uuid(row.try_get(0)?),
+                month: Month::containing(row.try_get(1)?),
+                id: SessionId::from_uuid(row.try_get(2)?),
+            };
+            Ok((EventId::from_uuid(row.try_get(3)?), session))
+        };
+        let (event, session) = read().map_err(|error| StoreError::unreadable(SESSIONS_OF_EVENTS.name, error))?;
+        let known = found.entry((session.site_id, event)).or_insert(session);
+        *known = session.min(*known);
+    }
+    Ok(found)
 }
 
 /// An event as a reader of a session sees it.

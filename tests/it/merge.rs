@@ -276,3 +276,37 @@ async fn a_paid_visit_and_its_follower_that_are_stored_at_the_same_time_find_eac
     }
     assert_eq!(database.count("SELECT count(*) FROM sessions WHERE attribution = 'Ads-Assisted'").await, 200);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_is_sent_again_is_a_copy_even_of_a_visit_that_was_imported_over_months_in_any_order() {
+    let database = prepared().await;
+    let [site, _] = sites();
+    let server = pipeline(&database, 2, 64);
+    let visit = [(1, "2026-08-13T10:00:00Z"), (2, "2026-07-13T10:00:00Z"), (3, "2026-06-13T10:00:00Z")];
+    let visit = visit.map(|(id, time)| Spec::new(id, "long", at(time)).event(site));
+    for round in 0..3 {
+        for event in &visit {
+            let outcome = server.submit(vec![event.clone()]).await[0];
+            assert_eq!(matches!(outcome, Outcome::Stored(_)), round == 0, "{round}: {outcome:?}");
+        }
+        assert_eq!(database.count("SELECT count(*) FROM events").await, 3);
+        assert_eq!(database.count("SELECT sum(event_count)::bigint FROM sessions").await, 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_copy_is_told_where_the_event_lies() {
+    let database = prepared().await;
+    let [site, _] = sites();
+    let server = pipeline(&database, 2, 64);
+    let first = Spec::new(7, "first", at("2026-05-01T10:00:00Z")).action("whatsapp").event(site);
+    let thief = Spec::new(7, "thief", at("2026-05-01T11:00:00Z")).event(site);
+    let Outcome::Stored(receipt) = server.submit(vec![first.clone()]).await[0] else { panic!("not stored") };
+    for event in [first, thief.clone()] {
+        assert_eq!(server.submit(vec![event]).await, [Outcome::Duplicate(receipt)]);
+    }
+    // Also when the other session is there, with events of its own.
+    let own = Spec::new(8, "thief", at("2026-05-01T11:00:00Z")).event(site);
+    assert_durable(&server.submit(vec![own]).await);
+    assert_eq!(server.submit(vec![thief]).await, [Outcome::Duplicate(receipt)]);
+}
