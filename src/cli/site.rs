@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::{Database, print_json};
 use crate::domain::origin::{parse_domain, parse_extra_origin};
 use crate::domain::site::Site as StoredSite;
+use crate::domain::telephone;
 use crate::store::sites::NewSite;
 
 /// Add and list sites.
@@ -92,7 +93,7 @@ fn print_site(site: &StoredSite, name: &str) -> anyhow::Result<()> {
 }
 
 fn named(name: &str) -> anyhow::Result<String> {
-    match crate::domain::text::clean_some(name, 200) {
+    match crate::domain::text::clean_line(name, 200) {
         Some(name) => Ok(name),
         None => bail!("--name is empty"),
     }
@@ -100,8 +101,8 @@ fn named(name: &str) -> anyhow::Result<String> {
 
 fn country(region: String) -> anyhow::Result<String> {
     let region = region.trim().to_ascii_uppercase();
-    if region.len() != 2 || !region.bytes().all(|b| b.is_ascii_uppercase()) {
-        bail!("--region `{region}` is not a country of ISO 3166 in two letters, such as TR");
+    if !telephone::is_region(&region) {
+        bail!("--region `{region}` is no country of ISO 3166 with telephone numbers, in two letters, such as TR");
     }
     Ok(region)
 }

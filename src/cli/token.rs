@@ -103,7 +103,7 @@ impl Token {
             Self::Issue { database, reach, scopes, name, expires, json } => {
                 let scopes = checked_scopes(&scopes)?;
                 let expires_at = expires.map(|text| end(&text, Utc::now())).transpose()?;
-                let name = crate::domain::text::clean_some(&name, 200).unwrap_or_default();
+                let name = crate::domain::text::clean_line(&name, 200).unwrap_or_default();
                 let store = database.store().await?;
                 let site = match &reach.site {
                     Some(text) => Some(site(&store, text).await?),

@@ -195,7 +195,7 @@ OpsMantik is running. Ctrl-C stops it; the data stays.
 
   A call      rpc CallsService/RecordCall '{{"call":{{"site":"{public_id}","key":{{"provider":"demo","provider_call_id":"1"}},
                 "dialled_number":"+12025550123","caller_number":"+12025550187","started_at":"'"$(date -u +%FT%TZ)"'"}}}}'
-              (it finds the visit that clicked on the telephone link)
+              # It finds the visit that clicked on the telephone link, if there is one.
 
   Commands    DATABASE_URL={database} opsmantik token list
 

@@ -90,6 +90,11 @@ impl From<E164> for String {
     }
 }
 
+/// Whether numbers can be read in this region: two capital letters of ISO 3166 whose numbering plan is known.
+pub fn is_region(region: &str) -> bool {
+    region.len() == 2 && region.parse::<country::Id>().is_ok_and(|id| DATABASE.by_id(id.as_ref()).is_some())
+}
+
 /// The caller's number. None for a caller who hides it, in words or on the keys, and for text that is no number.
 pub fn caller(text: &str, region: Option<&str>) -> Option<E164> {
     let spelled = |number: &E164| SPELLED.iter().any(|(_, digits)| *digits == number.as_str());
@@ -208,6 +213,10 @@ fn national(digits: &str, region: &str) -> Option<E164> {
         && !digits[abroad.end()..].starts_with('0')
     {
         return settle(&digits[abroad.end()..]);
+    }
+    // The prefix that the ITU recommends, and that providers write wherever they are. No national number begins with it.
+    if let Some(abroad) = digits.strip_prefix("00").filter(|rest| !rest.starts_with('0')) {
+        return settle(abroad);
     }
     // One trunk prefix, and only where the number does not need it: the library may drop the same digit twice.
     let fits = |rest: &str| fits(plan, rest);

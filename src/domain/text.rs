@@ -27,6 +27,12 @@ pub fn clean(text: &str, max: usize) -> String {
     if trimmed.len() == cleaned.len() { cleaned } else { trimmed.to_owned() }
 }
 
+/// As [`clean_some`], on one line and without characters that steer a terminal: for names that a command prints.
+pub fn clean_line(text: &str, max: usize) -> Option<String> {
+    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    clean_some(&line, max)
+}
+
 /// As [`clean`], but nothing at all when nothing is left.
 pub fn clean_some(text: &str, max: usize) -> Option<String> {
     let cleaned = clean(text, max);
@@ -92,6 +98,7 @@ mod tests {
         assert_eq!(clean("ağaç", 2), "a", "ğ has two bytes");
         assert_eq!(clean("ağaç", 3), "ağ");
         assert_eq!(clean_some("\0 \0", 10), None);
+        assert_eq!(clean_line(" a\nb\u{1b}[31m\t", 20).as_deref(), Some("a b [31m"));
     }
 
     #[test]

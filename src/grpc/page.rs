@@ -6,16 +6,22 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use prost::Message;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
+use super::MAX_MESSAGE;
 use super::proto::{Rejection, RejectionReason};
 
 /// Items of a page whose size nobody asked for.
 const DEFAULT_SIZE: u16 = 50;
 /// Items of the largest page.
 const MAX_SIZE: u16 = 500;
+/// Most bytes of items in one answer: a message's bound, and room for what else is in it.
+pub(super) const MAX_ANSWER: usize = MAX_MESSAGE - (64 << 10);
+/// What stands before each item in a message, at most.
+const FRAMING: usize = 16;
 /// Longest token that is read; ours are a fraction of it.
 const MAX_TOKEN: usize = 1024;
 /// What this version's tokens begin with.
@@ -33,6 +39,18 @@ pub(super) fn size(asked: u32) -> Result<u16, Rejection> {
             Err(Rejection::of(RejectionReason::OutOfRange, "page_size", message))
         }
     }
+}
+
+/// The first items, as many as fit into `bound` bytes; at least one, so that a listing goes on.
+pub(super) fn fitting<M: Message>(mut items: Vec<M>, bound: usize) -> Vec<M> {
+    let mut taken = 0;
+    let fit = items.iter().take_while(|item| {
+        taken += item.encoded_len() + FRAMING;
+        taken <= bound
+    });
+    let count = fit.count().max(1);
+    items.truncate(count);
+    items
 }
 
 /// The pages of one listing: makes its tokens, and reads no other's.

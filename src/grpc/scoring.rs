@@ -86,15 +86,13 @@ impl ScoringService for Scoring {
         // One more than the page holds tells whether there is another.
         let limit = i64::from(size) + 1;
         let found = reads::top(&tx, (site.id, month), min_score, after.unwrap_or(Place::START), limit).await;
-        let mut found = found.map_err(unread)?;
+        let found = found.map_err(unread)?;
         tx.commit().await.map_err(unread)?;
-        let more = found.len() > usize::from(size);
-        found.truncate(usize::from(size));
-        let last = found.last().filter(|_| more);
-        Ok(Response::new(ListTopSessionsResponse {
-            next_page_token: last.map_or_else(String::new, |(place, _)| pages.seal(place)),
-            sessions: found.iter().map(|(_, found)| session::session(found)).collect(),
-        }))
+        let sessions: Vec<_> = found.iter().take(size.into()).map(|(_, found)| session::session(found)).collect();
+        let sessions = page::fitting(sessions, page::MAX_ANSWER);
+        let last = sessions.len().checked_sub(1).filter(|_| sessions.len() < found.len()).map(|at| &found[at]);
+        let next_page_token = last.map_or_else(String::new, |(place, _)| pages.seal(place));
+        Ok(Response::new(ListTopSessionsResponse { sessions, next_page_token }))
     }
 
     async fn watch_sessions(

@@ -84,7 +84,8 @@ crate::statement!(
     LOCK_TOKEN,
     Months::None,
     [UUID],
-    "SELECT revoked_at IS NOT NULL, coalesce(expires_at <= now(), false) FROM public.api_tokens WHERE id = $1 FOR UPDATE"
+    "SELECT revoked_at IS NOT NULL, coalesce(expires_at <= now(), false), rotated_at IS NOT NULL \
+     FROM public.api_tokens WHERE id = $1 FOR UPDATE"
 );
 
 crate::statement!(
@@ -107,7 +108,7 @@ crate::statement!(
     END_TOKEN,
     Months::None,
     [UUID, INT8],
-    "UPDATE public.api_tokens SET \
+    "UPDATE public.api_tokens SET rotated_at = now(), \
          revoked_at = CASE WHEN $2 <= 0 THEN now() END, \
          expires_at = CASE WHEN $2 <= 0 THEN expires_at ELSE least(expires_at, now() + $2 * interval '1 second') END \
      WHERE id = $1"
@@ -146,6 +147,8 @@ pub enum NotRotated {
     Revoked,
     #[error("it has expired already")]
     Expired,
+    #[error("it was rotated already and lives on for its grace only; rotate its successor")]
+    Rotated,
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -252,11 +255,14 @@ impl Store {
         let tx = self.begin(Purpose::Operate).await?;
         let rows = tx.query(&LOCK_TOKEN, &[&id.as_uuid()]).await?;
         let row = rows.first().ok_or(NotRotated::Unknown)?;
-        let state = row.try_get(0).and_then(|revoked: bool| Ok((revoked, row.try_get::<_, bool>(1)?)));
-        match state.map_err(|error| StoreError::unreadable(LOCK_TOKEN.name, error))? {
-            (true, _) => return Err(NotRotated::Revoked),
-            (false, true) => return Err(NotRotated::Expired),
-            (false, false) => {}
+        let is = |column| row.try_get(column).map_err(|error| StoreError::unreadable(LOCK_TOKEN.name, error));
+        let [revoked, expired, rotated] = [is(0)?, is(1)?, is(2)?];
+        if revoked {
+            return Err(NotRotated::Revoked);
+        } else if expired {
+            return Err(NotRotated::Expired);
+        } else if rotated {
+            return Err(NotRotated::Rotated);
         }
         let rows = tx.query(&COPY_TOKEN, &[&id.as_uuid(), &hash.as_slice()]).await?;
         let seconds = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);

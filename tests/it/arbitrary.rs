@@ -78,6 +78,9 @@ impl Decoder for Raw {
     }
 }
 
+/// Both sides of a stream.
+type Stream = (mpsc::Sender<Vec<u8>>, Streaming<Vec<u8>>);
+
 /// One who calls one RPC, message after message.
 struct Caller {
     rpc: MethodDescriptor,
@@ -85,7 +88,7 @@ struct Caller {
     tokens: [String; 2],
     maker: Maker,
     /// For an RPC that takes a stream.
-    open: Option<(mpsc::Sender<Vec<u8>>, Streaming<Vec<u8>>)>,
+    open: Option<Stream>,
 }
 
 impl Caller {

@@ -8,15 +8,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{self, kill};
 use nix::unistd::Pid;
-use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
-use opsmantik::grpc::proto::{ScoreSignalsRequest, Signal};
+use opsmantik::dev::tools::{BUF, require, skip_or_fail};
 use serde_json::{Value, json};
 use tokio::process::Command;
-use tonic::transport::Channel;
 use uuid::Uuid;
 
 use crate::support::cluster::cluster;
-use crate::support::database::{bearer, connect, database, empty};
+use crate::support::database::{connect, database, empty};
 use crate::support::process::{Ended, Program, client, run};
 
 #[tokio::test]
@@ -96,6 +94,9 @@ async fn sites_are_added_for_scripts_and_each_refusal_names_its_flag() {
         ("--origin", "ftp://shop.example"),
         ("--origin", "https://shop.example/path"),
         ("--owner", "me"),
+        ("--region", "ZZ"),
+        ("--region", "001"),
+        ("--region", "Turkey"),
         ("--name", " "),
     ] {
         let mut args = vec!["site", "add"];
@@ -228,7 +229,8 @@ struct Dev {
     api_page: String,
     site: String,
     curl: String,
-    grpcurl: String,
+    grpc: String,
+    call: String,
     psql: String,
     ready: String,
 }
@@ -259,7 +261,8 @@ impl Dev {
             api_page: url(open.split_once('\n').expect("two pages").1).expect("the page on the API's origin"),
             site: after("Demo site").split_whitespace().next().expect("an id").to_owned(),
             curl: after("HTTP"),
-            grpcurl: after("gRPC"),
+            grpc: after("gRPC"),
+            call: after("A call"),
             psql: after("SQL"),
             ready: url(&operator).expect("the operator's listener"),
             program,
@@ -277,22 +280,11 @@ async fn shell(line: &str) -> String {
     text
 }
 
-/// What the printed grpcurl line is answered, asked by a client of our own: grpcurl itself is not on every machine.
-async fn scored(line: &str) -> u32 {
-    let (flags, rest) = line.split_once(" \\\n").expect("a line that goes on");
-    let token =
-        flags.strip_prefix("grpcurl -plaintext -H 'authorization: Bearer ").and_then(|rest| rest.strip_suffix('\''));
-    let (body, target) = rest.trim().strip_prefix("-d '").and_then(|rest| rest.split_once('\'')).expect("a body");
-    let body: Value = serde_json::from_str(body).expect("the body is JSON");
-    let names = body["signals"].as_array().expect("signals").iter().filter_map(Value::as_str);
-    let signals = names.map(|name| Signal::from_str_name(name).expect("a signal of the contract").into()).collect();
-    let (address, method) = target.trim().split_once(' ').expect("an address and a method");
-    assert_eq!(method, "opsmantik.v1.ScoringService/ScoreSignals");
-    let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address is a URI");
-    let channel = endpoint.connect().await.expect("it listens");
-    let mut scoring = ScoringServiceClient::with_interceptor(channel, bearer(token.expect("a token")));
-    let request = ScoreSignalsRequest { signals, ..ScoreSignalsRequest::default() };
-    scoring.score_signals(request).await.expect("a good request").into_inner().score.expect("always set").value
+/// What the printed lines for gRPC are answered, by the client that they name, which `npx` would fetch.
+async fn called(dev: &Dev, buf: &std::path::Path) -> String {
+    let lines = format!("{}\n{}", dev.grpc, dev.call);
+    assert!(lines.contains("npx -y @bufbuild/buf@1.75.0"), "{lines}");
+    shell(&lines.replace("npx -y @bufbuild/buf@1.75.0", &buf.display().to_string())).await
 }
 
 /// PostgreSQL of this folder, if it runs.
@@ -328,10 +320,13 @@ async fn dev_raises_everything_and_what_it_prints_works_and_its_data_stays() {
     let answer = shell(&dev.curl).await;
     assert!(answer.contains("200 OK") && answer.contains(r#""status":"stored""#), "{answer}");
     assert!(answer.contains(r#""score":50"#), "{answer}");
-    assert_eq!(scored(&dev.grpcurl).await, 80);
-    if which("grpcurl") {
-        let answer = shell(&dev.grpcurl).await;
-        assert!(answer.contains(r#""value": 80"#), "{answer}");
+    match tokio::task::spawn_blocking(|| require(BUF)).await.expect("looking for a tool does not panic") {
+        Ok(buf) => {
+            let answer: String = called(&dev, &buf.path).await.split_whitespace().collect();
+            assert!(answer.contains(r#""value":80"#), "{answer}");
+            assert!(answer.contains("MATCH_METHOD_CLICK"), "the call finds the click of the line before: {answer}");
+        }
+        Err(missing) => skip_or_fail(&missing),
     }
     let ask = |dev: &Dev, what: &str| format!("{} -At -c \"{what}\"", dev.psql);
     let landing = "SELECT site_id, gclid, attribution FROM sessions";
@@ -342,14 +337,14 @@ async fn dev_raises_everything_and_what_it_prints_works_and_its_data_stays() {
     let token = std::fs::read_to_string(&token_file).expect("the token is kept").trim().to_owned();
     let mode = std::fs::metadata(&token_file).expect("it is there").permissions().mode();
     assert_eq!(mode & 0o777, 0o600, "and nobody else's to read");
-    assert!(dev.grpcurl.contains(&token));
+    assert!(dev.grpc.contains(&token));
 
     assert!(postgres_of(&data_dir).is_some());
     dev.program.stop(Duration::from_secs(15)).await;
     assert_eq!(postgres_of(&data_dir), None, "it took its database with it");
     let mut again = Dev::start(&data_dir.0, &[]).await;
     assert_eq!(again.site, dev.site);
-    assert!(again.grpcurl.contains(&token), "a token that is good is used again");
+    assert!(again.grpc.contains(&token), "a token that is good is used again");
     assert_eq!(shell(&ask(&again, landing)).await, expected, "the data stayed");
     // The page's origins are new ones, and allowed.
     assert!(shell(&again.curl).await.contains("200 OK"));
@@ -384,11 +379,6 @@ async fn dev_that_was_killed_leaves_no_database_behind_and_the_next_one_recovers
         assert!(began.elapsed() < Duration::from_secs(20), "the database outlives its owner");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-}
-
-fn which(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 #[tokio::test]

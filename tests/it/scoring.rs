@@ -420,3 +420,30 @@ async fn pages_hold_still_while_sessions_are_added() {
     let denied = rig.top(ListTopSessionsRequest { site: "neighbour".to_owned(), ..list("") }).await;
     assert_eq!(denied.expect_err("not theirs").code(), Code::PermissionDenied);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_ends_where_a_message_does_and_the_next_goes_on() {
+    let rig = Rig::start().await;
+    let long = "x".repeat(4096);
+    for n in 1..=500 {
+        let more = json!({"entry_page": long, "exit_page": long, "referrer": long});
+        rig.write_session(rig.site, n, 50, more).await;
+    }
+    let mut request = ListTopSessionsRequest {
+        site: "shop".to_owned(),
+        session_month: MONTH.to_owned(),
+        page_size: 500,
+        ..ListTopSessionsRequest::default()
+    };
+    let mut seen = 0;
+    loop {
+        let page = rig.top(request.clone()).await.expect("it fits");
+        seen += page.sessions.len();
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        assert!(!page.sessions.is_empty());
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(seen, 500);
+}

@@ -400,7 +400,15 @@ async fn a_callers_number_is_nowhere_in_clear() {
     rig.database.admin.batch_execute(spoil).await.expect("the superuser may");
     let at = ago(60);
     rig.click("visit", ago(90)).await;
-    let written = [CALLER, "(202) 555-0187", "tel:+1-202-555-0187", "01112025550187", "2025550187", "+1 202 555 01 87"];
+    let written = [
+        CALLER,
+        "(202) 555-0187",
+        "tel:+1-202-555-0187",
+        "01112025550187",
+        "0012025550187",
+        "2025550187",
+        "+1 202 555 01 87",
+    ];
     for (n, number) in written.into_iter().enumerate() {
         let id = n.to_string();
         let whole = PushedCall { caller_number: Some(number.to_owned()), ..call(&id, at) };
@@ -417,7 +425,7 @@ async fn a_callers_number_is_nowhere_in_clear() {
             assert!(!format!("{status:?}").contains("0187"), "{status:?}");
         }
     }
-    assert_eq!(rig.stored().await, 6);
+    assert_eq!(rig.stored().await, 7);
     let callers = "SELECT count(DISTINCT caller_hmac) FROM calls";
     assert_eq!(rig.database.count(callers).await, 1, "all of them are the same number");
     rig.server.program.stop(Duration::from_secs(15)).await;

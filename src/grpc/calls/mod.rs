@@ -15,7 +15,7 @@ use super::proto::{
     ReviewCallResponse, WatchCallsRequest, WatchCallsResponse,
 };
 use super::status::{bad_request, unavailable, unimplemented};
-use super::{GrpcState, MAX_MESSAGE, access};
+use super::{GrpcState, access, page};
 use crate::calls::caller_key::CallerKey;
 use crate::calls::{Decision, Failed};
 use crate::domain::access::Caller;
@@ -36,10 +36,6 @@ mod words;
 
 /// Most calls of one request.
 const MAX_CALLS: usize = 1000;
-/// Most bytes of calls in one answer: a message's bound, and room for what else is in it.
-const MAX_ANSWER: usize = MAX_MESSAGE - (64 << 10);
-/// What stands before each call in a message, at most.
-const FRAMING: usize = 16;
 
 pub(super) struct Calls {
     state: GrpcState,
@@ -164,7 +160,7 @@ impl CallsService for Calls {
         let found = stored::list(&tx, site.id, &page.filter, page.after, limit).await.map_err(unread)?;
         tx.commit().await.map_err(unread)?;
         let calls: Vec<proto::Call> = found.iter().take(listing.size.into()).map(wire::call).collect();
-        let calls = fitting(calls, MAX_ANSWER);
+        let calls = page::fitting(calls, page::MAX_ANSWER);
         let last = if calls.len() < found.len() { calls.len().checked_sub(1).map(|at| &found[at]) } else { None };
         let next_page_token = last.map_or_else(String::new, |last| page.next(last));
         Ok(Response::new(ListCallsResponse { calls, next_page_token }))
@@ -209,21 +205,9 @@ fn unjudged(failed: Failed) -> Status {
     }
 }
 
-/// The first calls, as many as fit into `bound` bytes.
-fn fitting(mut calls: Vec<proto::Call>, bound: usize) -> Vec<proto::Call> {
-    let mut taken = 0;
-    let fit = calls.iter().take_while(|call| {
-        taken += call.encoded_len() + FRAMING;
-        taken <= bound
-    });
-    let count = fit.count();
-    calls.truncate(count);
-    calls
-}
-
 /// An answer that may be sent: one that would be too large leaves out the candidates, which `GetCall` shows.
 fn bounded(mut answer: RecordCallsResponse) -> RecordCallsResponse {
-    if answer.encoded_len() <= MAX_ANSWER {
+    if answer.encoded_len() <= page::MAX_ANSWER {
         return answer;
     }
     for result in &mut answer.results {

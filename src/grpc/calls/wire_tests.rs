@@ -6,6 +6,7 @@ use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
 use crate::domain::matching::Match;
 use crate::domain::recorded::{Found, Sale};
 use crate::domain::signal::{Signal, SignalSet};
+use crate::grpc::page;
 
 fn at(text: &str) -> DateTime<Utc> {
     text.parse().expect("a test's own instant")
@@ -103,8 +104,8 @@ fn a_sale_comes_out_as_it_went_in_and_what_is_none_is_left_out() {
 fn an_answer_stays_within_its_bound() {
     let call = call(&stored(MatchMethod::Ambiguous, None, vec![candidate(10, "2026-03-15T11:58:29.500Z"); 20]));
     let size = prost::Message::encoded_len(&call);
-    assert_eq!(super::super::fitting(vec![call.clone(); 10], 4 * (size + 16)).len(), 4);
-    assert_eq!(super::super::fitting(vec![call.clone(); 3], 4 * (size + 16)).len(), 3);
+    assert_eq!(page::fitting(vec![call.clone(); 10], 4 * (size + 16)).len(), 4);
+    assert_eq!(page::fitting(vec![call.clone(); 3], 4 * (size + 16)).len(), 3);
     let result = proto::RecordCallResult {
         outcome: Some(proto::record_call_result::Outcome::Recorded(proto::RecordedCall {
             call: Some(call),
@@ -114,5 +115,5 @@ fn an_answer_stays_within_its_bound() {
     let few = proto::RecordCallsResponse { results: vec![result.clone(); 10] };
     assert_eq!(super::super::bounded(few.clone()), few);
     let many = super::super::bounded(proto::RecordCallsResponse { results: vec![result; 1000] });
-    assert!(prost::Message::encoded_len(&many) < super::super::MAX_ANSWER && many.results.len() == 1000);
+    assert!(prost::Message::encoded_len(&many) < page::MAX_ANSWER && many.results.len() == 1000);
 }

@@ -67,6 +67,8 @@ async fn tokens_are_issued_listed_revoked_and_rotated_by_the_command_line() {
     assert!(admitted(&gate(), first).await && admitted(&gate(), third).await, "both, within the grace");
     let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM api_tokens WHERE name = 'Santral' ORDER BY created_at LIMIT 1";
     assert!((3000..=3600).contains(&database.count(left).await));
+    let refused = token(&["rotate", id, "--grace", "1h"]).await;
+    assert!(refused.complaint().contains("rotated already"), "its end is its grace now: {refused:?}");
     let id = next["id"].as_str().expect("an id").to_owned();
     let last = token(&["rotate", &id, "--json"]).await.json();
     assert!(!admitted(&gate(), third).await && admitted(&gate(), last["token"].as_str().expect("a token")).await);
@@ -111,6 +113,10 @@ async fn what_the_token_commands_refuse_names_its_flag_and_help_teaches() {
     let refused = run(&["token", "rotate", &unknown, "--grace", "long"], &env).await;
     assert!(refused.complaint().contains("--grace"), "{refused:?}");
     assert_eq!(database.count("SELECT count(*) FROM api_tokens").await, 0);
+    let forged = ["token", "issue", "--site", "shop", "--scope", "calls:read", "--name", "a\nb \u{1b}[31m"];
+    assert_eq!(run(&forged, &env).await.code, Some(0));
+    let list = run(&["token", "list"], &env).await.stdout;
+    assert!(list.lines().count() == 1 && list.contains("a b") && !list.contains('\u{1b}'), "{list:?}");
     let help = run(&["token", "issue", "--help"], &env).await.stdout;
     for word in ["--all-sites", "--expires", "--json", "90d"].into_iter().chain(Scope::ALL.map(Scope::name)) {
         assert!(help.contains(word), "{word}: {help}");

@@ -27,7 +27,8 @@ const DEPTH: usize = 7;
 impl Maker {
     /// A message, or something like one.
     pub fn bytes(&mut self, of: &MessageDescriptor) -> Vec<u8> {
-        let wild = *[0.01, 0.01, 0.04, 0.3].choose(&mut self.rng).unwrap_or(&0.1);
+        // Half of them come far; whoever comes far costs the most.
+        let wild = *[0.01, 0.05, 0.2, 0.4].choose(&mut self.rng).unwrap_or(&0.1);
         let mut bytes = self.message(of, wild, 0).encode_to_vec();
         if self.rng.random_bool(0.2) {
             self.mangle(&mut bytes);
@@ -123,7 +124,9 @@ impl Maker {
             Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => Value::I64(self.whole(wild)),
             Kind::Uint32 | Kind::Fixed32 => {
                 let edges = [0, 1, 99, 100, 101, 500, 501, 86_400, 86_401, u32::MAX];
-                Value::U32(if self.odd(wild) { self.one_of(&edges) } else { self.rng.random_range(0..100) })
+                // Long pages tell no more than short ones, and take their time.
+                let usual = if field.name() == "page_size" { 1..6 } else { 0..100 };
+                Value::U32(if self.odd(wild) { self.one_of(&edges) } else { self.rng.random_range(usual) })
             }
             Kind::Uint64 | Kind::Fixed64 => {
                 Value::U64(if self.odd(wild) { u64::MAX } else { self.rng.random_range(0..100) })
@@ -179,8 +182,9 @@ impl Maker {
             ];
             (self.one_of(&edges), self.nanos(0.5))
         } else {
-            // Near enough to each other that calls find visits.
-            (chrono::Utc::now().timestamp() - self.rng.random_range(0..20_000), self.rng.random_range(0..1_000_000_000))
+            // Some are near enough to each other that calls find visits; were all, each would touch hundreds.
+            let back = if self.odd(0.1) { 20_000 } else { 20 * 86_400 };
+            (chrono::Utc::now().timestamp() - self.rng.random_range(0..back), self.rng.random_range(0..1_000_000_000))
         };
         let mut message = DynamicMessage::new(of.clone());
         message.set_field_by_name("seconds", Value::I64(seconds));
@@ -201,7 +205,7 @@ impl Maker {
             if let Some(word) = words.apt.get(field).and_then(|apt| apt.choose(&mut self.rng)) {
                 return word.clone();
             }
-            return format!("{field}-{}", self.rng.random_range(0..50));
+            return format!("{field}-{}", self.rng.random_range(0..1000));
         }
         match self.rng.random_range(0..14) {
             0 => String::new(),

@@ -79,7 +79,7 @@ pub async fn words(database: &Database, channel: &Channel, token: &str) -> Words
     let neighbour = rows[0]["id"].as_str().expect("a UUID").to_owned();
     let mut sites = vec!["shop".to_owned(); 12];
     sites.extend([shop.clone(), shop, neighbour, "neighbour".to_owned()]);
-    let session_ids = sessions.into_iter().map(|key| key.session_id).chain((0..20).map(|n| format!("session_id-{n}")));
+    let session_ids = sessions.into_iter().map(|key| key.session_id).chain((0..40).map(|n| format!("session_id-{n}")));
     let labels =
         ["", "tel:+12025550123", "tel:2025550123", "https://wa.me/12025550123", "https://wa.me/message/X", "Call us"];
     // Most pages are first pages.
@@ -107,7 +107,6 @@ pub async fn words(database: &Database, channel: &Channel, token: &str) -> Words
             ("action", owned(["phone_call", "whatsapp", "view", "scroll_depth", ""])),
             ("label", owned(labels)),
             ("referrer", owned(["https://www.google.com/", "https://ads.example/?q=1", ""])),
-            ("fingerprint", (0..20).map(|n| format!("fingerprint-{n}")).collect()),
             ("provider", owned(["twilio", "Twilio", "a_b-9"])),
             ("dialled_number", owned([BUSINESS, BUSINESS, "(202) 555-0123", "+902120000000", "tel:+12025550123"])),
             ("caller_number", owned([CALLER, "202-555-0187", "anonymous", "", "+266696687", "+33 1 23 45 67 89"])),
