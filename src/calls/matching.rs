@@ -108,6 +108,10 @@ async fn freeze(
         .into_iter()
         .map(|mut decision| {
             let mut signals = SignalSet::EMPTY;
+            if decision.method != MatchMethod::Fingerprint {
+                // Only what speaks for a candidate is noted of it. A session's fingerprint may be told late, and would not be missed.
+                decision.candidates.iter_mut().for_each(|candidate| candidate.fingerprint = None);
+            }
             if let Some(credit) = decision.credited.as_mut() {
                 let Standing { raised, attribution, fingerprint } = standings.next().unwrap_or_default();
                 signals = with_history(raised, attribution.unwrap_or(Attribution::OrganicReferral));

@@ -10,10 +10,10 @@
 //! [`sweep`] settles.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::call::ReviewStatus;
@@ -49,6 +49,23 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Calls {
     store: Store,
     seats: Arc<Semaphore>,
+    /// Of each site that somebody works on: its calls are worked on by one at a time, so that a flood of them takes one seat and not all.
+    queues: Arc<Mutex<HashMap<SiteId, Arc<Semaphore>>>>,
+}
+
+/// Leave to work on the calls of a site.
+struct Seat<'c> {
+    calls: &'c Calls,
+    site: SiteId,
+    turn: Option<OwnedSemaphorePermit>,
+    _seat: SemaphorePermit<'c>,
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        drop(self.turn.take());
+        self.calls.forget(self.site);
+    }
 }
 
 /// What a push did.
@@ -103,12 +120,35 @@ impl Decision {
 
 impl Calls {
     pub fn new(store: Store) -> Self {
-        Self { store, seats: Arc::new(Semaphore::new(SEATS)) }
+        Self { store, seats: Arc::new(Semaphore::new(SEATS)), queues: Arc::default() }
     }
 
-    async fn seat(&self) -> Result<SemaphorePermit<'_>, Failed> {
-        let seat = tokio::time::timeout(PATIENCE, self.seats.acquire()).await;
-        seat.ok().and_then(Result::ok).ok_or(Failed::Unavailable(Unavailable::Busy))
+    /// The site's turn first, then a seat: whoever waits for others of the same site keeps nobody else from working.
+    async fn seat(&self, site: SiteId) -> Result<Seat<'_>, Failed> {
+        let wait = async {
+            let queue = self.queues().entry(site).or_insert_with(|| Arc::new(Semaphore::new(1))).clone();
+            let turn = queue.acquire_owned().await.ok();
+            Some((turn?, self.seats.acquire().await.ok()?))
+        };
+        match tokio::time::timeout(PATIENCE, wait).await {
+            Ok(Some((turn, seat))) => Ok(Seat { calls: self, site, turn: Some(turn), _seat: seat }),
+            Ok(None) | Err(_) => {
+                self.forget(site);
+                Err(Failed::Unavailable(Unavailable::Busy))
+            }
+        }
+    }
+
+    fn queues(&self) -> std::sync::MutexGuard<'_, HashMap<SiteId, Arc<Semaphore>>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops the queue of a site that nobody works on or waits for.
+    fn forget(&self, site: SiteId) {
+        let mut queues = self.queues();
+        if queues.get(&site).is_some_and(|queue| Arc::strong_count(queue) == 1 && queue.available_permits() == 1) {
+            queues.remove(&site);
+        }
     }
 
     /// Records pushes of one site and matches their calls. One result a push, in the same order; a call that is pushed twice here tells
@@ -121,7 +161,7 @@ impl Calls {
         for month in by_month.chunk_by(|(_, one), (_, other)| Month::of(one.started_at) == Month::of(other.started_at))
         {
             for chunk in month.chunks(CHUNK) {
-                let _seat = self.seat().await?;
+                let _seat = self.seat(site).await?;
                 let pushes: Vec<&Push> = chunk.iter().map(|(_, push)| push).collect();
                 let results = patiently(|| record_once(&self.store, site, &pushes)).await?;
                 for ((place, _), result) in chunk.iter().zip(results) {
@@ -143,7 +183,7 @@ impl Calls {
         decision: &Decision,
         signature: &str,
     ) -> Result<Option<Call>, Failed> {
-        let _seat = self.seat().await?;
+        let _seat = self.seat(site).await?;
         Ok(patiently(|| review_once(&self.store, site, id, decision, signature)).await?)
     }
 
@@ -157,7 +197,7 @@ impl Calls {
         decision: &Decision,
         signature: &str,
     ) -> Result<Option<Call>, Failed> {
-        let _seat = self.seat().await?;
+        let _seat = self.seat(site).await?;
         let judged = patiently(|| review_as_once(&self.store, user, site, id, decision, signature)).await?;
         if let (Some(_), Decision::Reopen) = (&judged, decision) {
             // The database has noted it; what fails here is done by the sweep.

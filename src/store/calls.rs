@@ -24,6 +24,8 @@ use crate::domain::signal::SignalSet;
 
 /// Most conversions of one window that are looked at, the latest of them. A site has a few; more is a flood.
 const MOST_CONVERSIONS: i64 = 2000;
+/// Most sessions with a call's fingerprint that are looked at, the latest of them: more than are ever named.
+const MOST_SESSIONS: i64 = 100;
 
 const COLUMNS: &str = "c.id, c.site_id, c.provider, c.provider_call_id, c.channel, c.direction, c.dialled_number, c.caller_hmac, \
      c.caller_last_digits, c.started_at, c.duration_sec, c.status, c.recording_ref, c.fingerprint, c.click_id_kind, c.click_id, \
@@ -128,20 +130,23 @@ crate::statement!(
 );
 
 crate::statement!(
-    /// For each asked (fingerprint, window): the latest event in the window of each session with that fingerprint.
+    /// For each asked (fingerprint, window): the latest event in the window of each session with that fingerprint, at most the latest $7 of them.
     ACTIVITY_OF_FINGERPRINTS,
     Months::Between(2, 3),
-    [UUID, DATE, DATE, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY],
-    "SELECT asked.place, s.created_month, s.id, latest.id, latest.occurred_at \
+    [UUID, DATE, DATE, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8],
+    "SELECT asked.place, seen.created_month, seen.session, seen.event, seen.occurred_at \
      FROM unnest($4, $5, $6) WITH ORDINALITY AS asked (fingerprint, since, until, place) \
-     JOIN public.sessions s ON s.site_id = $1 AND s.fingerprint = asked.fingerprint \
-       AND s.created_month BETWEEN $2 AND $3 AND s.last_seen_at >= asked.since \
      CROSS JOIN LATERAL ( \
-         SELECT e.id, e.occurred_at FROM public.events e \
-         WHERE e.site_id = $1 AND e.session_month = s.created_month AND e.session_month BETWEEN $2 AND $3 \
-           AND e.session_id = s.id AND e.occurred_at BETWEEN asked.since AND asked.until \
-         ORDER BY e.occurred_at DESC, e.id DESC LIMIT 1) AS latest \
-     ORDER BY asked.place, latest.occurred_at DESC, latest.id DESC LIMIT 10000"
+         SELECT s.created_month, s.id AS session, latest.id AS event, latest.occurred_at \
+         FROM public.sessions s \
+         CROSS JOIN LATERAL ( \
+             SELECT e.id, e.occurred_at FROM public.events e \
+             WHERE e.site_id = $1 AND e.session_month = s.created_month AND e.session_month BETWEEN $2 AND $3 \
+               AND e.session_id = s.id AND e.occurred_at BETWEEN asked.since AND asked.until \
+             ORDER BY e.occurred_at DESC, e.id DESC LIMIT 1) AS latest \
+         WHERE s.site_id = $1 AND s.fingerprint = asked.fingerprint AND s.created_month BETWEEN $2 AND $3 \
+           AND s.last_seen_at >= asked.since \
+         ORDER BY latest.occurred_at DESC, latest.id DESC, s.created_month, s.id LIMIT $7) AS seen"
 );
 
 crate::statement!(
@@ -421,7 +426,7 @@ pub async fn activity(tx: &Transaction<'_>, site: SiteId, calls: &[&Call]) -> Re
     let Some((from, to)) = months(&asked.iter().map(|(.., at)| *at).collect::<Vec<_>>()) else { return Ok(found) };
     let fingerprints: Vec<&str> = asked.iter().map(|(_, fingerprint, _)| *fingerprint).collect();
     let (since, until): (Vec<_>, Vec<_>) = asked.iter().map(|(.., at)| matching::window(*at)).unzip();
-    let params: [&(dyn ToSql + Sync); 6] = [&site.as_uuid(), &from, &to, &fingerprints, &since, &until];
+    let params: [&(dyn ToSql + Sync); 7] = [&site.as_uuid(), &from, &to, &fingerprints, &since, &until, &MOST_SESSIONS];
     let rows = tx.query(&ACTIVITY_OF_FINGERPRINTS, &params).await?;
     for row in &rows {
         let read = || -> Result<(usize, Activity), Unreadable> {

@@ -276,3 +276,50 @@ async fn a_call_at_months_end_finds_the_visit_that_began_the_month_before() {
     let key = call.credited().expect("a click before the call").session;
     assert_eq!(key.month.to_string(), "2026-03-01");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_fingerprint_that_many_share_is_looked_up_whole_for_each_of_many_calls() {
+    let stage = Stage::set().await;
+    let many: Vec<Spec> =
+        (0..130).map(|n| Spec::new(n, &format!("v{n}"), after(i64::from(n))).fingerprint("F")).collect();
+    stage.events(stage.site, &many).await;
+    let calls: Vec<Draft> = (0..100).map(|n| with_fingerprint(call(&format!("c{n}"), after(200)), "F")).collect();
+    let recorded = stage.record(calls).await;
+    let found = recorded.iter().filter(|one| credited(&one.call).map(|id| id.to_string()) == stage.id("v129")).count();
+    assert_eq!(found, 100, "each is credited to the session that was active last");
+    stage.events(stage.site, &[Spec::new(500, "v129", after(130)).fingerprint("F")]).await;
+    assert_eq!(stage.database.count("SELECT count(*) FROM calls WHERE match_method = 'FINGERPRINT'").await, 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_site_whose_calls_wait_keeps_no_other_sites_calls_waiting() {
+    let mut stage = Stage::set().await;
+    stage.push(call("held", noon())).await;
+    let holder = stage.database.admin.transaction().await.expect("a transaction");
+    holder.batch_execute("SELECT FROM calls FOR UPDATE").await.expect("held");
+    let flood: Vec<_> = (0..20)
+        .map(|_| {
+            let (calls, site) = (stage.calls.clone(), stage.site);
+            tokio::spawn(async move { calls.record(site, vec![push(site, call("held", noon()))]).await.map(drop) })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let began = std::time::Instant::now();
+    let elsewhere = stage.calls.record(stage.other, vec![push(stage.other, call("free", noon()))]).await;
+    assert!(elsewhere.is_ok() && began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    holder.rollback().await.expect("let go");
+    for waiting in flood {
+        drop(waiting.await.expect("no panic"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_is_learnt_of_a_candidate_later_does_not_move_the_match() {
+    let stage = Stage::set().await;
+    let clicks = [Spec::new(1, "A", after(-240)).clicks(BUSINESS), Spec::new(2, "B", after(-60)).clicks(BUSINESS)];
+    stage.events(stage.site, &clicks).await;
+    let before = stage.push(call("c", noon())).await.call;
+    stage.events(stage.site, &[Spec::new(3, "A", after(2700)).fingerprint("LATE")]).await;
+    let again = stage.push(call("c", noon())).await;
+    assert_eq!((again.effect, again.call), (Effect::Unchanged, before));
+}
