@@ -1,8 +1,8 @@
 //! The internal door: tonic services over the typed contract in `proto/`.
 //!
 //! One file a service; prost types stop here (`convert.rs`), one mapping makes statuses (`status.rs`), and every call has an id and
-//! a deadline (`call.rs`) and is counted (`measure.rs`). Below them is a bounded listener (`listen.rs`) with certificates that change
-//! while it serves (`tls.rs`); in plaintext it serves loopback only, unless the operator says so, see [`check_address`]. Health follows
+//! a deadline (`call.rs`) and is counted (`measure.rs`). Below them is a bounded
+//! listener (`listen.rs`) with certificates that change while it serves (`tls.rs`); in plaintext it serves loopback only, unless the operator says so, see [`check_address`]. Health follows
 //! the database, reflection is on.
 
 use std::time::Duration;
@@ -31,6 +31,7 @@ mod health;
 mod ingest;
 mod listen;
 mod measure;
+mod misframed;
 mod page;
 pub mod proto;
 mod scoring;
