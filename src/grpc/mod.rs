@@ -32,6 +32,7 @@ mod ingest;
 mod listen;
 mod measure;
 mod misframed;
+mod newcomers;
 mod page;
 pub mod proto;
 mod room;

@@ -18,6 +18,7 @@ use crate::support::metrics::Metrics;
 use crate::support::process::{Server, run};
 
 mod certificates;
+mod newcomers;
 
 /// A changed file is in use by then: it is looked at every two seconds, and twice.
 const NOTICED: Duration = Duration::from_secs(15);
