@@ -16,6 +16,7 @@ use tonic::{Code, Request, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use tower::{Layer, Service};
 
+use super::newcomers::Welcome;
 use super::proto::RejectionReason;
 use super::{GrpcState, proto, status};
 use crate::access::{Admission, Denied, Gate};
@@ -105,6 +106,9 @@ where
             let mut request = http::Request::from_parts(parts, body);
             match admitted {
                 Ok(admission) => {
+                    if let Some(connection) = request.extensions().get::<Welcome>() {
+                        connection.known();
+                    }
                     request.extensions_mut().insert(admission.caller().clone());
                     request.extensions_mut().insert(admission);
                     inner.call(request).await

@@ -1,9 +1,11 @@
 //! The listener below gRPC: who may be served in plaintext, and a bounded way from a socket to a connection.
 //!
 //! Every handshake is a task of its own with a time-out, so one that dawdles or talks rubbish holds up nobody. Connections, those
-//! that shake hands included, are bounded; further ones wait in the kernel's queue. A connection that sends nothing is closed, and
-//! an error of `accept` (too many open files, mostly) is waited out.
+//! that shake hands included, are bounded; further ones wait in the kernel's queue, unless one on which nobody has shown a token can
+//! make room (`newcomers.rs`). A connection that sends nothing is closed, and an error of `accept` (too many open files, mostly) is
+//! waited out.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -20,13 +22,16 @@ use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
+use super::newcomers::{Newcomer, Newcomers, Welcome};
 use super::tls::{Certificates, TlsFiles};
 use crate::telemetry;
 
 /// Most connections at once.
 const CONNECTIONS: usize = 1024;
+/// Most of them without a caller who has shown a good token.
+const NEWCOMERS: usize = CONNECTIONS / 2;
 /// A TLS handshake takes no longer ...
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
 /// ... and neither do the first bytes of HTTP/2 after it.
@@ -103,13 +108,18 @@ impl Listener {
 async fn accept(listener: Listener, ready: mpsc::Sender<io::Result<Connection>>) {
     let Listener { socket, certificates } = listener;
     let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let newcomers = Newcomers::new(NEWCOMERS);
     // Ended together with this task.
     let mut opening = JoinSet::new();
     loop {
         while opening.try_join_next().is_some() {}
         let next = async {
+            let stream = socket.accept().await?.0;
+            if room.available_permits() == 0 {
+                newcomers.close_oldest();
+            }
             let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
-            Ok((socket.accept().await?.0, permit))
+            Ok((stream, permit))
         };
         let accepted: io::Result<_> = tokio::select! {
             () = ready.closed() => return,
@@ -117,9 +127,9 @@ async fn accept(listener: Listener, ready: mpsc::Sender<io::Result<Connection>>)
         };
         match accepted {
             Ok((stream, permit)) => {
-                let (certificates, ready) = (certificates.clone(), ready.clone());
+                let (certificates, ready, newcomer) = (certificates.clone(), ready.clone(), newcomers.enter());
                 opening.spawn(async move {
-                    if let Some(connection) = open(stream, certificates, permit).await {
+                    if let Some(connection) = open(stream, certificates, newcomer, permit).await {
                         // Nobody takes it when the server stops.
                         drop(ready.send(Ok(connection)).await);
                     }
@@ -147,15 +157,19 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 async fn open(
     stream: TcpStream,
     certificates: Option<Certificates>,
+    mut newcomer: Newcomer,
     permit: OwnedSemaphorePermit,
 ) -> Option<Connection> {
     // Answers are small; waiting to fill a packet only delays them.
     let _ = stream.set_nodelay(true);
-    let info = stream.connect_info();
-    let Some(certificates) = certificates else { return Some(Connection::new(Box::new(stream), info, permit)) };
+    let Some(certificates) = certificates else { return Some(Connection::new(Box::new(stream), newcomer, permit)) };
     let handshake = TlsAcceptor::from(certificates.current()).accept(stream);
-    let reason = match tokio::time::timeout(HANDSHAKE_PATIENCE, handshake).await {
-        Ok(Ok(stream)) => return Some(Connection::new(Box::new(stream), info, permit)),
+    let shaken = tokio::select! {
+        shaken = tokio::time::timeout(HANDSHAKE_PATIENCE, handshake) => shaken,
+        () = poll_fn(|cx| newcomer.poll_over(cx)) => return None,
+    };
+    let reason = match shaken {
+        Ok(Ok(stream)) => return Some(Connection::new(Box::new(stream), newcomer, permit)),
         Ok(Err(error)) => {
             tracing::debug!(%error, "a TLS handshake failed");
             "failed"
@@ -173,7 +187,9 @@ impl<W: AsyncRead + AsyncWrite + Send + Unpin> Wire for W {}
 /// An open connection, plain or encrypted, and its place among the bounded number of them.
 pub(super) struct Connection {
     wire: Box<dyn Wire>,
-    info: TcpConnectInfo,
+    welcome: Welcome,
+    /// Until a caller on it is known.
+    newcomer: Option<Newcomer>,
     silence: Option<Silence>,
     _place: OwnedSemaphorePermit,
 }
@@ -185,23 +201,35 @@ struct Silence {
 }
 
 impl Connection {
-    fn new(wire: Box<dyn Wire>, info: TcpConnectInfo, place: OwnedSemaphorePermit) -> Self {
+    fn new(wire: Box<dyn Wire>, newcomer: Newcomer, place: OwnedSemaphorePermit) -> Self {
         let silence = Silence { ends: Box::pin(tokio::time::sleep(PREFACE_PATIENCE)), heard: 0 };
-        Self { wire, info, silence: Some(silence), _place: place }
+        Self { wire, welcome: newcomer.welcome(), newcomer: Some(newcomer), silence: Some(silence), _place: place }
+    }
+
+    /// Fails when the connection has to make room. Asked wherever it may wait: who does not read what it is sent is not read from either.
+    fn stays(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(newcomer) = &mut self.newcomer else { return Ok(()) };
+        if newcomer.is_known() {
+            self.newcomer = None;
+        } else if newcomer.poll_over(cx).is_ready() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        Ok(())
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Welcome;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.info.clone()
+    fn connect_info(&self) -> Welcome {
+        self.welcome.clone()
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.stays(cx)?;
         let before = buffer.filled().len();
         let read = Pin::new(&mut this.wire).poll_read(cx, buffer);
         let Some(silence) = &mut this.silence else { return read };
@@ -217,6 +245,7 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.stays(cx)?;
         Pin::new(&mut self.wire).poll_write(cx, bytes)
     }
 
@@ -225,6 +254,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.stays(cx)?;
         Pin::new(&mut self.wire).poll_write_vectored(cx, slices)
     }
 
@@ -233,6 +263,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stays(cx)?;
         Pin::new(&mut self.wire).poll_flush(cx)
     }
 

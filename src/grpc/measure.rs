@@ -21,7 +21,7 @@ use tonic::{Code, Status};
 use tracing::Span;
 
 use super::call::Deadline;
-use super::proto;
+use super::{misframed, proto};
 use crate::telemetry;
 
 /// What the label says of an RPC that is none of ours.
@@ -100,7 +100,12 @@ impl Running {
     }
 
     /// Watches the answer to its end.
-    pub(super) fn answered(mut self, answer: http::Response<Body>, deadline: Option<Deadline>) -> http::Response<Body> {
+    pub(super) fn answered(
+        mut self,
+        mut answer: http::Response<Body>,
+        deadline: Option<Deadline>,
+    ) -> http::Response<Body> {
+        misframed::set_right(answer.headers_mut());
         match told(answer.headers()) {
             Some(code) => self.end(code),
             // Neither a status nor anything to come: not what a gRPC service answers.
@@ -188,10 +193,11 @@ impl HttpBody for Watched {
         }
         let span = this.running.span.clone();
         let _here = span.enter();
-        if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
-            match &frame {
+        if let Poll::Ready(mut frame) = Pin::new(&mut this.inner).poll_frame(cx) {
+            match &mut frame {
                 Some(Ok(frame)) => {
-                    if let Some(trailers) = frame.trailers_ref() {
+                    if let Some(trailers) = frame.trailers_mut() {
+                        misframed::set_right(trailers);
                         this.running.end(told(trailers).unwrap_or(Code::Unknown));
                     }
                 }

@@ -1,8 +1,8 @@
 //! The internal door: tonic services over the typed contract in `proto/`.
 //!
 //! One file a service; prost types stop here (`convert.rs`), one mapping makes statuses (`status.rs`), and every call has an id and
-//! a deadline (`call.rs`) and is counted (`measure.rs`). Below them is a bounded listener (`listen.rs`) with certificates that change
-//! while it serves (`tls.rs`); in plaintext it serves loopback only, unless the operator says so, see [`check_address`]. Health follows
+//! a deadline (`call.rs`) and is counted (`measure.rs`), and half a message takes bounded room and time (`room.rs`). Below them is a bounded
+//! listener (`listen.rs`) with certificates that change while it serves (`tls.rs`); in plaintext it serves loopback only, unless the operator says so, see [`check_address`]. Health follows
 //! the database, reflection is on.
 
 use std::time::Duration;
@@ -31,8 +31,11 @@ mod health;
 mod ingest;
 mod listen;
 mod measure;
+mod misframed;
+mod newcomers;
 mod page;
 pub mod proto;
+mod room;
 mod scoring;
 mod session;
 mod status;
@@ -106,6 +109,7 @@ pub async fn serve(
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .layer(call::CallLayer)
         .layer(access::AccessLayer::new(state.gate.clone()))
+        .layer(room::RoomLayer::new())
         .add_service(health_service)
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection (v1alpha)")?)

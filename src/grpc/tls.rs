@@ -2,12 +2,14 @@
 //!
 //! Two PEM files make the server's identity; a third, if given, the authorities whose clients alone may connect. They are read again when
 //! one of them changes (looked at every two seconds, through symbolic links, as Kubernetes and certbot swap them) and when the operator
-//! asks. What cannot be used, half-written files among them, is said in the log by name and the old certificates stay. New
-//! connections get the new ones; those that are open live on. Errors name variable and file and never show a byte of them.
+//! asks. What cannot be used, half-written files and certificates out of their time among them, is said in the log by name and the old
+//! certificates stay; at the start one out of its time is served with a warning, for then there is no better. New connections get the
+//! new ones; those that are open live on. Errors name variable and file and never show a byte of them. Nothing but a regular file is
+//! read, so nothing blocks.
 
 use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -29,7 +31,7 @@ const EVERY: Duration = Duration::from_secs(2);
 /// Files that could not be used are tried again after this time even if they look the same: what was in the way may be gone.
 const AGAIN: Duration = Duration::from_secs(60);
 /// No certificate file is larger.
-const MAX_FILE: u64 = 4 << 20;
+const MAX_FILE: u64 = 1 << 20;
 
 const CERT: &str = "GRPC_TLS_CERT";
 const KEY: &str = "GRPC_TLS_KEY";
@@ -60,6 +62,8 @@ pub struct TlsError {
 pub enum TlsFault {
     #[error("cannot be read: {0}")]
     Unreadable(#[from] io::Error),
+    #[error("is no regular file")]
+    NoFile,
     #[error("is larger than any certificate")]
     TooLarge,
     #[error("is no whole PEM file")]
@@ -68,6 +72,10 @@ pub enum TlsFault {
     Missing(&'static str),
     #[error("holds something that is no certificate")]
     NoCertificate,
+    #[error("holds a certificate that has run out on {0}")]
+    RunOut(DateTime<Utc>),
+    #[error("holds a certificate that is not yet valid before {0}")]
+    NotYet(DateTime<Utc>),
     #[error("the key does not belong to the certificate of GRPC_TLS_CERT")]
     Mismatch,
     #[error("cannot be used: {0}")]
@@ -79,7 +87,28 @@ pub enum TlsFault {
 /// What one reading of the files came to.
 struct Loaded {
     config: Arc<ServerConfig>,
+    valid: Validity,
+}
+
+/// When the server's own certificate is good.
+#[derive(Clone, Copy)]
+struct Validity {
+    not_before: DateTime<Utc>,
     not_after: DateTime<Utc>,
+}
+
+impl Validity {
+    /// What is wrong with it now.
+    fn fault(self) -> Option<TlsFault> {
+        let now = Utc::now();
+        if self.not_after < now {
+            Some(TlsFault::RunOut(self.not_after))
+        } else if now < self.not_before {
+            Some(TlsFault::NotYet(self.not_before))
+        } else {
+            None
+        }
+    }
 }
 
 /// The certificates in use; clones share them.
@@ -138,7 +167,7 @@ impl Certificates {
                 continue;
             }
             used = look;
-            let loaded = match self.blocking(read).await {
+            let loaded = match self.blocking(replacement).await {
                 Some(Ok(loaded)) => loaded,
                 Some(Err(error)) => {
                     failed_at = Some(Instant::now());
@@ -164,11 +193,11 @@ impl Certificates {
 }
 
 fn tell(loaded: &Loaded, what: &str) {
-    let not_after = loaded.not_after;
-    if not_after < Utc::now() {
-        tracing::warn!(certificate.not_after = %not_after, "{what}; it has run out");
-    } else {
-        tracing::info!(certificate.not_after = %not_after, "{what}");
+    let not_after = loaded.valid.not_after;
+    match loaded.valid.fault() {
+        None => tracing::info!(certificate.not_after = %not_after, "{what}"),
+        Some(TlsFault::NotYet(_)) => tracing::warn!(certificate.not_after = %not_after, "{what}; it is not yet valid"),
+        Some(_) => tracing::warn!(certificate.not_after = %not_after, "{what}; it has run out"),
     }
     // Exact until the year 285 million.
     #[allow(clippy::cast_precision_loss)]
@@ -197,6 +226,15 @@ impl Look {
     }
 }
 
+/// As [`read`], to take the place of certificates in use: one that every client refuses would be worse than any of those.
+fn replacement(files: &TlsFiles) -> Result<Loaded, TlsError> {
+    let loaded = read(files)?;
+    match loaded.valid.fault() {
+        None => Ok(loaded),
+        Some(fault) => Err(TlsError { variable: CERT, path: files.cert.clone(), fault }),
+    }
+}
+
 fn read(files: &TlsFiles) -> Result<Loaded, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let wrong = |variable: &'static str, path: &Path| {
@@ -204,7 +242,7 @@ fn read(files: &TlsFiles) -> Result<Loaded, TlsError> {
         move |fault: TlsFault| TlsError { variable, path, fault }
     };
     let chain = certificates(&files.cert).map_err(wrong(CERT, &files.cert))?;
-    let not_after = not_after(&chain).map_err(wrong(CERT, &files.cert))?;
+    let valid = validity(&chain).map_err(wrong(CERT, &files.cert))?;
     let key = private_key(&files.key).map_err(wrong(KEY, &files.key))?;
 
     let builder = ServerConfig::builder_with_provider(provider.clone());
@@ -225,14 +263,22 @@ fn read(files: &TlsFiles) -> Result<Loaded, TlsError> {
         other => wrong(KEY, &files.key)(TlsFault::Unusable(other)),
     })?;
     config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Loaded { config: Arc::new(config), not_after })
+    Ok(Loaded { config: Arc::new(config), valid })
 }
 
 fn content(path: &Path) -> Result<Vec<u8>, TlsFault> {
-    if fs::metadata(path)?.len() > MAX_FILE {
-        return Err(TlsFault::TooLarge);
+    // Looked at before it is opened, for opening a device may do something, and after, for it may be another by then. Opening a pipe
+    // would wait for its writer otherwise.
+    if !fs::metadata(path)?.is_file() {
+        return Err(TlsFault::NoFile);
     }
-    Ok(fs::read(path)?)
+    let file = fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(TlsFault::NoFile);
+    }
+    let mut content = Vec::new();
+    let length = file.take(MAX_FILE + 1).read_to_end(&mut content)?;
+    if u64::try_from(length).is_ok_and(|length| length <= MAX_FILE) { Ok(content) } else { Err(TlsFault::TooLarge) }
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsFault> {
@@ -242,6 +288,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsFault> {
     let sections = sections.collect::<Result<Vec<_>, pem::Error>>().map_err(|_| TlsFault::Malformed)?;
     let certificates = sections.into_iter().filter(|(kind, _)| *kind == SectionKind::Certificate);
     let certificates: Vec<_> = certificates.map(|(_, der)| CertificateDer::from(der)).collect();
+    // A client refuses a chain for any one of them, and whoever serves it does not look.
+    if certificates.iter().any(|der| x509_cert::Certificate::from_der(der).is_err()) {
+        return Err(TlsFault::NoCertificate);
+    }
     if certificates.is_empty() { Err(TlsFault::Missing("certificate")) } else { Ok(certificates) }
 }
 
@@ -260,9 +310,11 @@ fn authorities(path: &Path) -> Result<RootCertStore, TlsFault> {
     Ok(roots)
 }
 
-/// When the server's own certificate ends, the first of its file.
-fn not_after(chain: &[CertificateDer<'static>]) -> Result<DateTime<Utc>, TlsFault> {
+/// Of the server's own certificate, the first of its file.
+fn validity(chain: &[CertificateDer<'static>]) -> Result<Validity, TlsFault> {
     let first = chain.first().ok_or(TlsFault::Missing("certificate"))?;
     let certificate = x509_cert::Certificate::from_der(first).map_err(|_| TlsFault::NoCertificate)?;
-    Ok(certificate.tbs_certificate.validity.not_after.to_system_time().into())
+    let valid = certificate.tbs_certificate.validity;
+    let time = |time: x509_cert::time::Time| time.to_system_time().into();
+    Ok(Validity { not_before: time(valid.not_before), not_after: time(valid.not_after) })
 }

@@ -17,6 +17,8 @@ use crate::support::database::{Database, database};
 use crate::support::metrics::Metrics;
 use crate::support::process::Server;
 
+mod frames;
+
 const SCORE_SIGNALS: &str = "opsmantik.v1.ScoringService/ScoreSignals";
 
 struct Door {

@@ -17,6 +17,9 @@ use crate::support::database::{Database, database};
 use crate::support::metrics::Metrics;
 use crate::support::process::{Server, run};
 
+mod certificates;
+mod newcomers;
+
 /// A changed file is in use by then: it is looked at every two seconds, and twice.
 const NOTICED: Duration = Duration::from_secs(15);
 
