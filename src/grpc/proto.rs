@@ -11,6 +11,20 @@ tonic::include_proto!("opsmantik.v1");
 /// The encoded descriptors of the package and of all it imports, for `tonic-reflection`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("opsmantik");
 
+impl IngestRequest {
+    /// A request with these events.
+    pub fn of(events: Vec<Event>) -> Self {
+        Self { events }
+    }
+}
+
+impl StreamIngestRequest {
+    /// A message with this event.
+    pub fn of(message_id: impl Into<String>, event: Option<Event>) -> Self {
+        Self { message_id: message_id.into(), event }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use prost::Message;
