@@ -14,6 +14,7 @@ use opsmantik::grpc::proto::ingest_result::Outcome;
 use opsmantik::grpc::proto::{Event, IngestRequest, RejectionReason, StreamIngestRequest, StreamIngestResponse};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
+use prost::Message;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
@@ -154,7 +155,8 @@ async fn each_message_is_acknowledged_by_its_own_id_and_a_bad_one_stops_nothing(
         (named("last", Some(event(7))), "last", Ok("stored")),
     ];
     for (message, id, verdict) in expected {
-        let event_id = message.event.as_ref().and_then(|event| event.id.clone()).unwrap_or_default();
+        let event_id = message.event.as_deref().and_then(|event| Event::decode(event).ok()?.id);
+        let event_id = event_id.unwrap_or_default();
         talk.say(message).await;
         let answer = talk.hear().await.expect("the stream goes on").expect("an acknowledgement");
         assert_eq!(answer.message_id, id);
