@@ -1,7 +1,8 @@
 //! Between the wire's words and the domain's: an event in, scores and placements out.
 //!
 //! What the contract has as typed fields goes into `meta` under the keys of `/api/sync`, so that [`Event::accept`] derives the same from
-//! both doors. A typed field wins over the same key in `metadata`. Only what the domain cannot judge is refused here: size, id, depth.
+//! both doors. A typed field wins over the same key in `metadata`. Only what the domain cannot judge is refused here: size, bytes that are no event, id,
+//! depth.
 //!
 //! [`Event::accept`]: crate::domain::event::Event::accept
 
@@ -22,8 +23,12 @@ use crate::domain::signal::{Signal, SignalSet};
 
 /// Largest event, encoded.
 const MAX_EVENT: usize = 64 << 10;
-/// Deepest nesting of `metadata`: what JSON readers downstream take without complaint.
-const MAX_DEPTH: usize = 64;
+/// Deepest nesting of `metadata`. prost goes 100 messages deep, and an object is three.
+const MAX_DEPTH: usize = 32;
+/// What prost says of messages that are nested too deeply.
+const TOO_DEEP: &str = "recursion limit reached";
+/// Longer words of prost are a long way down through a message; nobody is helped by them.
+const MAX_DAMAGE: usize = 160;
 /// Integers up to here are exact as doubles.
 const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
 
@@ -54,21 +59,61 @@ const MEANINGFUL_KEYS: [&str; 21] = [
     "intent_action",
 ];
 
-/// The event's id if it has one that can be read: what a rejection is told apart by.
-pub(super) fn readable_id(event: &proto::Event) -> Option<EventId> {
-    event.id.as_deref()?.trim().parse().ok()
+/// The outside of an event: what is told of one that goes no further, and can be read of one that cannot.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Envelope {
+    #[prost(string, optional, tag = "1")]
+    id: Option<String>,
+    #[prost(string, tag = "2")]
+    site: String,
 }
 
-/// The site as the event names it, and the event as the domain wants to see it.
-pub(super) fn read(event: proto::Event, received_at: DateTime<Utc>) -> Result<(String, Draft, Arrival), Refusal> {
-    if event.encoded_len() > MAX_EVENT {
-        return Err(Refusal {
-            reason: RefusalReason::EventTooLarge,
-            field: "".into(),
-            message: format!("the event is over {} KiB", MAX_EVENT >> 10),
-        });
+impl Envelope {
+    /// Of a damaged event: what stands before the damage.
+    pub(super) fn of(event: &[u8]) -> Self {
+        let mut envelope = Self::default();
+        // What is wrong is told by whoever reads the event itself.
+        let _ = envelope.merge(event);
+        envelope
     }
-    let id = match (&event.id, readable_id(&event)) {
+
+    /// The event's id as it is answered; empty without one that can be read.
+    pub(super) fn event_id(&self) -> String {
+        self.id.as_deref().and_then(uuid).map(|id| id.to_string()).unwrap_or_default()
+    }
+
+    /// The site as the event names it.
+    pub(super) fn site(&self) -> &str {
+        self.site.trim()
+    }
+}
+
+fn uuid(text: &str) -> Option<EventId> {
+    text.trim().parse().ok()
+}
+
+/// The message in these bytes, if it is one and may be as large.
+fn decode(event: &[u8]) -> Result<proto::Event, Refusal> {
+    let refused = |reason, message| Refusal { reason, field: "".into(), message };
+    if event.len() > MAX_EVENT {
+        return Err(refused(RefusalReason::EventTooLarge, format!("the event is over {} KiB", MAX_EVENT >> 10)));
+    }
+    proto::Event::decode(event).map_err(|damage| {
+        let damage = damage.to_string();
+        let message = match damage.as_str() {
+            deep if deep.ends_with(TOO_DEEP) => "the event is nested too deeply".to_owned(),
+            // prost names fields of the contract, and nothing of what was sent.
+            short if short.len() <= MAX_DAMAGE => format!("the event cannot be decoded: {short}"),
+            _ => "the event cannot be decoded".to_owned(),
+        };
+        refused(RefusalReason::InvalidField, message)
+    })
+}
+
+/// The event as the domain wants to see it.
+pub(super) fn read(event: &[u8], received_at: DateTime<Utc>) -> Result<(Draft, Arrival), Refusal> {
+    let event = decode(event)?;
+    let id = match (&event.id, event.id.as_deref().and_then(uuid)) {
         (None, _) => None,
         (Some(_), Some(id)) => Some(id.to_string()),
         (Some(_), None) => return Err(Refusal::invalid("id", "it is no UUID")),
@@ -109,7 +154,7 @@ pub(super) fn read(event: proto::Event, received_at: DateTime<Utc>) -> Result<(S
         meta: meta.0,
         occurred_at,
     };
-    Ok((event.site.trim().to_owned(), draft, arrival))
+    Ok((draft, arrival))
 }
 
 /// `meta` in the making. What is absent leaves a key of `metadata` as it is.

@@ -26,7 +26,11 @@ fn whole() -> proto::Event {
 }
 
 fn accept(event: proto::Event) -> Result<Event, Refusal> {
-    let (_, draft, arrival) = read(event, now())?;
+    read_and_accept(&event.encode_to_vec())
+}
+
+fn read_and_accept(event: &[u8]) -> Result<Event, Refusal> {
+    let (draft, arrival) = read(event, now())?;
     Event::accept(SiteId::from_uuid(Uuid::from_u128(7)), draft, &arrival, NAMES)
 }
 
@@ -187,6 +191,26 @@ fn metadata_may_be_deep_but_not_bottomless() {
 }
 
 #[test]
+fn bytes_that_are_no_event_are_refused_and_the_envelope_is_read_up_to_the_damage() {
+    let named = proto::Event { id: Some(Uuid::from_u128(7).simple().to_string()), ..whole() };
+    let deep = proto::Event { metadata: metadata([("in", Kind::StructValue(nested(50)))]), ..named.clone() };
+    let deep = [named.encode_to_vec(), deep.encode_to_vec()].concat();
+    let damaged = [named.encode_to_vec(), b"\x42\x02\xff\xff\x12\x04late".to_vec()].concat();
+    let long = [named.encode_to_vec(), vec![0; MAX_EVENT]].concat();
+    for (bytes, reason, said, site) in [
+        (deep, RefusalReason::InvalidField, "nested too deeply", "demo"),
+        (damaged, RefusalReason::InvalidField, "Event.label", "late"),
+        (long, RefusalReason::EventTooLarge, "over 64 KiB", "demo"),
+    ] {
+        let refusal = read_and_accept(&bytes).expect_err("it is no event");
+        assert_eq!((refusal.reason, refusal.field.as_ref()), (reason, ""));
+        assert!(refusal.message.contains(said), "{refusal}");
+        let envelope = Envelope::of(&bytes);
+        assert_eq!((envelope.event_id(), envelope.site()), (Uuid::from_u128(7).to_string(), site));
+    }
+}
+
+#[test]
 fn what_cannot_be_an_event_is_refused_and_the_field_is_named() {
     let refused: [(Fill, RefusalReason, &str); 12] = [
         (|e| e.id = some("order-17"), RefusalReason::InvalidField, "id"),
@@ -296,7 +320,7 @@ fn awkward() -> impl Strategy<Value = proto::Event> {
 }
 
 fn holds(event: proto::Event) -> Result<(), TestCaseError> {
-    let readable = readable_id(&event);
+    let readable = event.id.as_deref().and_then(uuid);
     match accept(event) {
         Ok(event) => {
             prop_assert!(readable.is_none_or(|id| id == event.id));
@@ -323,7 +347,9 @@ proptest! {
             holds(event)?;
         }
         if let Ok(request) = proto::IngestRequest::decode(bytes.as_slice()) {
-            request.events.into_iter().try_for_each(holds)?;
+            for event in request.events {
+                let _ = (Envelope::of(&event), read_and_accept(&event));
+            }
         }
     }
 

@@ -119,14 +119,14 @@ async fn a_bad_request_names_its_fields_in_the_status_details() {
     for (events, reason) in
         [(vec![], "REJECTION_REASON_MISSING"), (vec![event(); 1001], "REJECTION_REASON_OUT_OF_RANGE")]
     {
-        let status = ingest.ingest(IngestRequest { events }).await.expect_err("not 1 to 1000 events");
+        let status = ingest.ingest(IngestRequest::of(events)).await.expect_err("not 1 to 1000 events");
         assert_eq!(status.code(), Code::InvalidArgument);
         let violations = status.get_details_bad_request().expect("violations").field_violations;
         let [violation] = violations.as_slice() else { panic!("one violation: {violations:?}") };
         assert_eq!((violation.field.as_str(), violation.reason.as_str()), ("events", reason));
     }
     let huge = Event { label: Some("x".repeat(5 << 20)), ..event() };
-    let status = ingest.ingest(IngestRequest { events: vec![huge] }).await.expect_err("over 4 MiB");
+    let status = ingest.ingest(IngestRequest::of(vec![huge])).await.expect_err("over 4 MiB");
     assert_eq!(status.code(), Code::OutOfRange);
 }
 
@@ -134,7 +134,7 @@ async fn a_bad_request_names_its_fields_in_the_status_details() {
 async fn without_a_database_events_are_refused_or_unavailable_and_never_lost_in_silence() {
     let door = door().await;
     let mut ingest = IngestServiceClient::with_interceptor(door.channel.clone(), with_token);
-    let status = ingest.ingest(IngestRequest { events: vec![event()] }).await.expect_err("no database");
+    let status = ingest.ingest(IngestRequest::of(vec![event()])).await.expect_err("no database");
     assert_eq!(status.code(), Code::Unavailable);
     let delay = status.get_details_retry_info().and_then(|info| info.retry_delay);
     assert_eq!(delay, Some(Duration::from_secs(5)));
@@ -145,7 +145,7 @@ async fn without_a_database_events_are_refused_or_unavailable_and_never_lost_in_
         Event { id: Some("no uuid".to_owned()), ..event() },
         Event { label: Some("x".repeat(70_000)), ..event() },
     ];
-    let results = ingest.ingest(IngestRequest { events }).await.expect("all are refused").into_inner().results;
+    let results = ingest.ingest(IngestRequest::of(events)).await.expect("all are refused").into_inner().results;
     let told: Vec<_> = results
         .iter()
         .map(|result| match &result.outcome {

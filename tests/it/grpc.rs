@@ -41,7 +41,7 @@ impl Door {
 
     async fn ingest(&self, events: Vec<Event>) -> Result<Vec<IngestResult>, tonic::Status> {
         let answer = IngestServiceClient::with_interceptor(self.channel.clone(), bearer(&self.token))
-            .ingest(IngestRequest { events })
+            .ingest(IngestRequest::of(events))
             .await?;
         Ok(answer.into_inner().results)
     }

@@ -16,6 +16,7 @@ mod http;
 mod import;
 mod manners;
 mod merge;
+mod odd_event;
 mod pipeline;
 mod process;
 mod qstash;

@@ -12,6 +12,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_types::StatusExt;
 
 use crate::support::database::{Database, database};
 use crate::support::metrics::Metrics;
@@ -209,6 +210,29 @@ async fn a_small_message_that_unpacks_to_a_large_one_is_refused_before_it_takes_
     assert!(grown < 32 << 10, "it took {grown} KiB");
     let mut scoring = ScoringServiceClient::new(door.channel.clone());
     scoring.score_signals(door.request(hover())).await.expect("it serves on");
+}
+
+#[tokio::test]
+async fn a_crowd_of_empty_items_is_refused_before_it_takes_memory() {
+    let door = Door::open().await;
+    let before = peak_kib(&door.server);
+    let lists = [
+        ("opsmantik.v1.IngestService/Ingest", 1, "events"),
+        ("opsmantik.v1.CallsService/RecordCalls", 1, "calls"),
+        (SCORE_SIGNALS, 2, "facts"),
+    ];
+    for (rpc, tag, list) in lists {
+        let began = Instant::now();
+        let status = door.raw(rpc, &[tag << 3 | 2, 0].repeat(2_000_000)).await.expect_err("more than 1000");
+        assert!(began.elapsed() < Duration::from_secs(5), "{rpc} took {:?}", began.elapsed());
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        let violations = status.get_details_bad_request().expect("violations").field_violations;
+        let [violation] = violations.as_slice() else { panic!("one violation: {violations:?}") };
+        assert_eq!((violation.field.as_str(), violation.reason.as_str()), (list, "REJECTION_REASON_OUT_OF_RANGE"));
+        assert_eq!(violation.description, format!("`{list}` has more than 1000 items"));
+    }
+    let grown = peak_kib(&door.server) - before;
+    assert!(grown < 60 << 10, "it took {grown} KiB");
 }
 
 /// The most memory that the server had so far; unknown (0) where there is no `/proc`.

@@ -14,6 +14,7 @@ use opsmantik::grpc::proto::ingest_result::Outcome;
 use opsmantik::grpc::proto::{Event, IngestRequest, RejectionReason, StreamIngestRequest, StreamIngestResponse};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
+use prost::Message;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
@@ -28,7 +29,7 @@ use crate::support::process::Server;
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn message(n: u32) -> StreamIngestRequest {
-    StreamIngestRequest { message_id: format!("m{n}"), event: Some(event(n)) }
+    StreamIngestRequest::of(format!("m{n}"), Some(event(n)))
 }
 
 /// A stream on which messages are sent one by one.
@@ -128,7 +129,7 @@ async fn locked(database: &Database) -> tokio_postgres::Client {
 async fn each_message_is_acknowledged_by_its_own_id_and_a_bad_one_stops_nothing() {
     let line = Line::open(PipelineConfig::default()).await;
     let mut talk = Talk::begin(line.client().await).await;
-    let named = |id: &str, event: Option<Event>| StreamIngestRequest { message_id: id.to_owned(), event };
+    let named = |id: &str, event: Option<Event>| StreamIngestRequest::of(id, event);
     let long = "ü".repeat(65);
     let expected = [
         (named("first", Some(event(1))), "first", Ok("stored")),
@@ -154,7 +155,8 @@ async fn each_message_is_acknowledged_by_its_own_id_and_a_bad_one_stops_nothing(
         (named("last", Some(event(7))), "last", Ok("stored")),
     ];
     for (message, id, verdict) in expected {
-        let event_id = message.event.as_ref().and_then(|event| event.id.clone()).unwrap_or_default();
+        let event_id = message.event.as_deref().and_then(|event| Event::decode(event).ok()?.id);
+        let event_id = event_id.unwrap_or_default();
         talk.say(message).await;
         let answer = talk.hear().await.expect("the stream goes on").expect("an acknowledgement");
         assert_eq!(answer.message_id, id);
@@ -191,7 +193,7 @@ async fn a_sender_that_is_faster_than_the_database_is_held_back_and_everything_i
 
     // A stream that waits holds up no other call of its connection's kind, and takes no room from it.
     let mut other = line.client().await;
-    let unary = tokio::spawn(async move { other.ingest(IngestRequest { events: vec![event(ALL + 1)] }).await });
+    let unary = tokio::spawn(async move { other.ingest(IngestRequest::of(vec![event(ALL + 1)])).await });
     tokio::time::sleep(Duration::from_millis(100)).await;
     blocker.batch_execute("COMMIT").await.expect("released");
     let results = unary.await.expect("no panic").expect("there is room for it").into_inner().results;
@@ -211,7 +213,7 @@ async fn a_client_that_does_not_read_is_held_back_and_its_connection_still_serve
     let (hear, sent) = flood(same.clone(), 20_000).await;
     let before = at_rest(&sent).await;
     assert!(before < 8_000, "{before} were taken while nobody read");
-    let answer = same.ingest(IngestRequest { events: vec![event(30_000)] }).await;
+    let answer = same.ingest(IngestRequest::of(vec![event(30_000)])).await;
     assert!(matches!(
         answer.expect("the connection is free").into_inner().results[0].outcome,
         Some(Outcome::Stored(_))
@@ -391,19 +393,19 @@ async fn a_site_outside_the_token_ends_the_stream_and_the_whole_call() {
         let foreign = |n: u32| Event { site: foreign.to_owned(), ..event(n) };
         for odd in [foreign(10), Event { id: Some("no uuid".to_owned()), ..foreign(11) }] {
             let events = vec![event(1), odd.clone()];
-            let status = own.ingest(IngestRequest { events }).await.expect_err("not this token's site");
+            let status = own.ingest(IngestRequest::of(events)).await.expect_err("not this token's site");
             assert_eq!(status.code(), Code::PermissionDenied);
             assert_eq!(line.database.count("SELECT count(*) FROM events WHERE id::text LIKE '%01'").await, 0);
 
             let mut talk = Talk::begin(own.clone()).await;
             talk.say(message(2)).await;
-            talk.say(StreamIngestRequest { message_id: "odd".to_owned(), event: Some(odd) }).await;
+            talk.say(StreamIngestRequest::of("odd", Some(odd))).await;
             let (heard, end) = rest(&mut talk.hear).await;
             assert_eq!(numbers(&heard), [2].into(), "what was taken is finished");
             assert_eq!(end.expect_err("not this token's site").code(), Code::PermissionDenied);
         }
     }
-    let results = own.ingest(IngestRequest { events: vec![Event { site: shop, ..event(1) }] }).await;
+    let results = own.ingest(IngestRequest::of(vec![Event { site: shop, ..event(1) }])).await;
     assert_eq!(results.expect("its own").into_inner().results.len(), 1);
     assert_eq!(stored(&line.database).await, [1, 2].into());
 }
@@ -419,6 +421,32 @@ async fn a_revoked_token_ends_its_stream_within_seconds() {
     let status = talk.hear().await.expect_err("nobody is welcome for ever");
     assert_eq!(status.code(), Code::Unauthenticated);
     assert!(began.elapsed() < Duration::from_secs(5), "after {:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_revoked_token_writes_nothing_more_when_its_client_takes_up_reading_again() {
+    let line = Line::open(PipelineConfig::default()).await;
+    let narrow = line.endpoint.clone().initial_stream_window_size(64 << 10);
+    let (mut revoked, sent) = flood(client(&narrow, &line.token).await, 20_000).await;
+    assert!(at_rest(&sent).await < 8_000, "held back");
+    let other = line.database.token(&[Scope::IngestWrite], None).await;
+    let (mut welcome, sent) = flood(client(&narrow, &other).await, 9_000).await;
+    assert!(at_rest(&sent).await < 8_000, "held back");
+    let revoke =
+        "UPDATE api_tokens SET revoked_at = now() WHERE id = (SELECT id FROM api_tokens ORDER BY created_at LIMIT 1)";
+    line.database.admin.batch_execute(revoke).await.expect("revoked");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+
+    let before = stored(&line.database).await;
+    let (heard, end) = rest(&mut revoked).await;
+    assert_eq!(end.expect_err("nobody is welcome for ever").code(), Code::Unauthenticated);
+    assert!(numbers(&heard).is_subset(&before));
+    assert_eq!(stored(&line.database).await.len(), before.len(), "written after it was revoked");
+
+    // One that has not been revoked goes on after the same pause.
+    let (heard, end) = rest(&mut welcome).await;
+    end.expect("half-closed and finished");
+    assert_eq!(numbers(&heard), (1..=9_000).collect());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]

@@ -92,7 +92,7 @@ impl Rig {
             ..Event::default()
         };
         let mut ingest = IngestServiceClient::with_interceptor(self.channel.clone(), bearer(&self.token));
-        let answer = ingest.ingest(IngestRequest { events: vec![click] }).await.expect("it is stored").into_inner();
+        let answer = ingest.ingest(IngestRequest::of(vec![click])).await.expect("it is stored").into_inner();
         match &answer.results[0].outcome {
             Some(Ingested::Stored(placement)) => placement.session.clone().expect("always set").session_id,
             other => panic!("not stored: {other:?}"),

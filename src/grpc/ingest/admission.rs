@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use chrono::{DateTime, Utc};
 use tonic::{Code, Request, Status};
 
+use super::super::convert::{self, Envelope};
 use super::super::proto::Rejection;
-use super::super::{GrpcState, access, convert, proto};
+use super::super::{GrpcState, access};
 use crate::access::{Admission as Proof, Denied};
 use crate::domain::access::Caller;
 use crate::domain::event::{Event, FieldNames};
@@ -41,18 +42,18 @@ impl Sender {
         access::find_site(&self.state, &self.caller, text).await
     }
 
-    /// Whether a call that has lasted for a while may go on: a token can be revoked at any time.
-    pub(super) async fn still_welcome(&self) -> Result<(), Status> {
+    /// Whether a call that has lasted for a while may go on: a token can be revoked at any time. False if nobody can tell now.
+    pub(super) async fn still_welcome(&self) -> Result<bool, Status> {
         match self.proof.renew().await {
             Ok(()) => {
                 self.unchecked.store(0, Ordering::Relaxed);
-                Ok(())
+                Ok(true)
             }
             Err(denied @ Denied::Invalid) => Err(access::denied(denied)),
             // Nobody can tell now, and without a database nothing is stored either; but not for long.
             Err(denied @ (Denied::Database(_) | Denied::Busy | Denied::Provider)) => {
                 let times = self.unchecked.fetch_add(1, Ordering::Relaxed) + 1;
-                if times < UNCHECKED { Ok(()) } else { Err(access::denied(denied)) }
+                if times < UNCHECKED { Ok(false) } else { Err(access::denied(denied)) }
             }
         }
     }
@@ -79,31 +80,30 @@ impl<'s> Admission<'s> {
     /// who could tell.
     pub(super) async fn admit(
         &mut self,
-        event: proto::Event,
+        event: &[u8],
         received_at: DateTime<Utc>,
     ) -> Result<Result<Event, Refused>, Status> {
-        let id = convert::readable_id(&event).map(|id| id.to_string()).unwrap_or_default();
-        let refused = |refusal: Refusal| Refused { id, why: refusal.into() };
-        let name = event.site.trim().to_owned();
+        let envelope = Envelope::of(event);
+        let refused = |refusal: Refusal| Refused { id: envelope.event_id(), why: refusal.into() };
         let read = convert::read(event, received_at);
-        let site = if name.is_empty() { Ok(None) } else { self.site(name).await };
+        let site = if envelope.site().is_empty() { Ok(None) } else { self.site(envelope.site()).await };
         match (read, site) {
             (_, Err(status)) if status.code() != Code::Unavailable => Err(status),
             (Err(refusal), _) => Ok(Err(refused(refusal))),
             (Ok(_), Err(status)) => Err(status),
-            (Ok((_, draft, arrival)), Ok(Some(site))) => {
+            (Ok((draft, arrival)), Ok(Some(site))) => {
                 Ok(Event::accept(site.id, draft, &arrival, NAMES).map_err(refused))
             }
             (Ok(_), Ok(None)) => Ok(Err(refused(Refusal::unknown_site("site")))),
         }
     }
 
-    async fn site(&mut self, name: String) -> Result<Option<Arc<Site>>, Status> {
-        if let Some(known) = self.asked.get(&name) {
+    async fn site(&mut self, name: &str) -> Result<Option<Arc<Site>>, Status> {
+        if let Some(known) = self.asked.get(name) {
             return known.clone();
         }
-        let found = self.sender.site(&name).await;
-        self.asked.insert(name, found.clone());
+        let found = self.sender.site(name).await;
+        self.asked.insert(name.to_owned(), found.clone());
         found
     }
 }

@@ -16,7 +16,7 @@ use super::proto::{
     IngestRequest, IngestResponse, IngestResult, Rejection, RejectionReason, StreamIngestRequest, StreamIngestResponse,
     WatchEventsRequest, WatchEventsResponse,
 };
-use super::{GrpcState, convert, proto, status};
+use super::{GrpcState, convert, status};
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::domain::signal::SignalSet;
 use admission::{Admission, Refused, Sender};
@@ -36,14 +36,14 @@ impl Ingest {
         Self { state }
     }
 
-    /// Stores what can be stored; one result an event, in the same order. Nothing is stored before every event's site has been checked.
-    async fn store(&self, sender: &Sender, events: Vec<proto::Event>) -> Result<Vec<IngestResult>, Status> {
+    /// Stores what can be stored of these encoded events; one result each, in the same order. Nothing is stored before every event's site has been checked.
+    async fn store(&self, sender: &Sender, events: Vec<Vec<u8>>) -> Result<Vec<IngestResult>, Status> {
         let received_at = Utc::now();
         let mut admission = Admission::of(sender);
         let mut accepted = Vec::with_capacity(events.len());
         let mut items = Vec::with_capacity(events.len());
         for event in events {
-            items.push(match admission.admit(event, received_at).await? {
+            items.push(match admission.admit(&event, received_at).await? {
                 Ok(event) => {
                     let item = Ok((event.id.to_string(), event.signals));
                     accepted.push(event);

@@ -5,18 +5,23 @@
 //! read, HTTP/2's window fills, and the sender waits: what is held back is the sender, in no memory of ours. What was read is handed
 //! over in a task of its own, so that it is stored even if the client is gone.
 //!
+//! A message is read only while its sender is known to be welcome. Nobody asks while the client takes no acknowledgements, so one that takes
+//! them up again waits for the answer first: a revoked token writes nothing more.
+//!
 //! Whatever ends a stream, what was taken is finished and acknowledged first, within [`FINISH`]. What stays without an
 //! acknowledgement is the sender's to send again.
 
-use std::future::pending;
+use std::future::{Future, pending, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use chrono::Utc;
 use futures::future::BoxFuture;
 use futures::stream::{self, FuturesUnordered, Stream, StreamExt};
 use tokio::task::{JoinError, JoinHandle};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tonic::{Status, Streaming};
 use tracing::Instrument;
 
@@ -40,6 +45,8 @@ const MAX_BYTES: usize = 2 << 20;
 const FINISH: Duration = Duration::from_secs(10);
 /// How often a stream asks whether its sender is still welcome: a revoked token stops within five seconds.
 const WELCOME_EVERY: Duration = Duration::from_secs(2);
+/// Nothing is read when the last answer is older. With the two seconds for which a token is believed it stays below five.
+const WELCOME_FOR: Duration = Duration::from_millis(2500);
 
 /// The acknowledgements of what `incoming` brings, and the status in the end.
 pub(super) fn acknowledge(
@@ -47,9 +54,10 @@ pub(super) fn acknowledge(
     incoming: Streaming<StreamIngestRequest>,
     deadline: Option<Deadline>,
 ) -> impl Stream<Item = Result<StreamIngestResponse, Status>> + Send {
-    let sender = Arc::new(sender);
+    let (sender, now) = (Arc::new(sender), Instant::now());
     let intake = Intake {
-        unwelcome: Box::pin(unwelcome(sender.clone())),
+        welcome: now,
+        check: Box::pin(check(sender.clone(), now + WELCOME_EVERY)),
         sender,
         incoming,
         deadline: deadline.map(|deadline| deadline.0),
@@ -65,21 +73,34 @@ pub(super) fn acknowledge(
     stream::unfold(intake, move |intake| intake.next().instrument(span.clone()))
 }
 
-/// Resolves when the sender has to go.
-async fn unwelcome(sender: Arc<Sender>) -> Status {
-    loop {
-        sleep(WELCOME_EVERY).await;
-        if let Err(status) = sender.still_welcome().await {
-            return status;
+/// Asks at `due` whether the sender is still welcome: when that was asked, if somebody could tell. An answer may be taken up long after it came,
+/// and is as old as its question.
+async fn check(sender: Arc<Sender>, due: Instant) -> Result<Option<Instant>, Status> {
+    sleep_until(due).await;
+    let asked = Instant::now();
+    Ok(sender.still_welcome().await?.then_some(asked))
+}
+
+/// What `reading` brings, or none as soon as `late` has come; then nothing was read.
+async fn before<T>(late: Instant, reading: impl Future<Output = T>) -> Option<T> {
+    let (mut reading, mut late_comes) = (pin!(reading), pin!(sleep_until(late)));
+    poll_fn(|context| {
+        // The clock itself is asked: whoever was not polled for a while may find both ready.
+        if Instant::now() >= late || late_comes.as_mut().poll(context).is_ready() {
+            return Poll::Ready(None);
         }
-    }
+        reading.as_mut().poll(context).map(Some)
+    })
+    .await
 }
 
 /// One stream.
 struct Intake {
     sender: Arc<Sender>,
     incoming: Streaming<StreamIngestRequest>,
-    unwelcome: BoxFuture<'static, Status>,
+    /// When the sender was last known to be welcome.
+    welcome: Instant,
+    check: BoxFuture<'static, Result<Option<Instant>, Status>>,
     deadline: Option<Instant>,
     /// The message that was read last, until the pipeline has its event.
     taking: Option<JoinHandle<Result<Took, Status>>>,
@@ -116,6 +137,8 @@ impl Intake {
             }
             let open = self.ending.is_none();
             let has_room = self.taking.is_none() && self.in_flight.len() < MAX_IN_FLIGHT && self.bytes < MAX_BYTES;
+            let late = self.welcome + WELCOME_FOR;
+            let known = Instant::now() < late;
             tokio::select! {
                 () = until(self.deadline) => {
                     return self.end(Err(Status::deadline_exceeded("the stream did not end within its deadline")));
@@ -130,7 +153,14 @@ impl Intake {
                     self.finish_by = Some(Instant::now() + FINISH);
                     self.ending.get_or_insert(Err(status::unavailable(Unavailable::Stopping)));
                 }
-                status = &mut self.unwelcome, if open => self.close(status),
+                checked = &mut self.check, if open => match checked {
+                    Ok(asked) => {
+                        self.welcome = asked.unwrap_or(self.welcome);
+                        let due = asked.unwrap_or_else(Instant::now) + WELCOME_EVERY;
+                        self.check = Box::pin(check(self.sender.clone(), due));
+                    }
+                    Err(status) => self.close(status),
+                },
                 took = joined(&mut self.taking), if self.taking.is_some() => {
                     self.taking = None;
                     match took {
@@ -153,10 +183,11 @@ impl Intake {
                         Err(why) => self.close(status::unavailable(why)),
                     }
                 }
-                message = self.incoming.message(), if open && has_room => match message {
-                    Ok(Some(message)) => self.taking = Some(tokio::spawn(take(self.sender.clone(), message).in_current_span())),
-                    Ok(None) => self.ending = Some(Ok(())),
-                    Err(status) => self.close(status),
+                message = before(late, self.incoming.message()), if open && has_room && known => match message {
+                    None => {}
+                    Some(Ok(Some(message))) => self.taking = Some(tokio::spawn(take(self.sender.clone(), message).in_current_span())),
+                    Some(Ok(None)) => self.ending = Some(Ok(())),
+                    Some(Err(status)) => self.close(status),
                 },
             }
         }
@@ -185,12 +216,12 @@ async fn take(sender: Arc<Sender>, message: StreamIngestRequest) -> Result<Took,
         let why = Rejection::of(RejectionReason::Missing, "event", "`event` is required: the event to store");
         return refuse(cut(message_id), Refused { id: String::new(), why });
     };
-    let id = convert::readable_id(&event).map(|id| id.to_string()).unwrap_or_default();
     // The site first: one that is not the sender's ends the stream, however long the message's id.
-    let admitted = Admission::of(&sender).admit(event, Utc::now()).await?;
+    let admitted = Admission::of(&sender).admit(&event, Utc::now()).await?;
     if message_id.len() > MAX_MESSAGE_ID {
         let message = format!("`message_id` is over {MAX_MESSAGE_ID} bytes");
         let why = Rejection::of(RejectionReason::TooLarge, "message_id", message);
+        let id = convert::Envelope::of(&event).event_id();
         return refuse(cut(message_id), Refused { id, why });
     }
     let event: Event = match admitted {

@@ -36,7 +36,7 @@ pub async fn words(database: &Database, channel: &Channel, token: &str) -> Words
     };
     let mut ingest = IngestServiceClient::with_interceptor(channel.clone(), bearer(token));
     let events = (0..8).map(event).collect();
-    let stored = ingest.ingest(IngestRequest { events }).await.expect("stored").into_inner().results;
+    let stored = ingest.ingest(IngestRequest::of(events)).await.expect("stored").into_inner().results;
     let sessions = stored.iter().filter_map(|result| match &result.outcome {
         Some(Ingested::Stored(placement)) => placement.session.clone(),
         _ => None,

@@ -83,7 +83,7 @@ impl Line {
     }
 
     pub async fn ingest(&self, events: Vec<Event>) -> Result<Vec<IngestResult>, Status> {
-        Ok(self.client().await.ingest(IngestRequest { events }).await?.into_inner().results)
+        Ok(self.client().await.ingest(IngestRequest::of(events)).await?.into_inner().results)
     }
 
     /// Ends the server, and all that it took is stored.
