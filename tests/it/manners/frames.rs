@@ -119,7 +119,7 @@ async fn unfinished_messages_take_bounded_room_and_time() {
     assert!(grown < 250 << 10, "it took {grown} KiB");
 
     // The room is free again.
-    let large = IngestRequest { events: vec![Event { label: Some("x".repeat(LARGEST - 64)), ..Event::default() }] };
+    let large = IngestRequest::of(vec![Event { label: Some("x".repeat(LARGEST - 64)), ..Event::default() }]);
     let large = large.encode_to_vec();
     let body = chunks([framed(0, large.len(), &large)]);
     let (_, status) = door.body(&door.channel, "opsmantik.v1.IngestService/Ingest", None, body).await;
@@ -129,10 +129,8 @@ async fn unfinished_messages_take_bounded_room_and_time() {
 #[tokio::test]
 async fn a_message_that_comes_slowly_is_taken() {
     let door = Door::open().await;
-    let message = StreamIngestRequest {
-        message_id: "slow".to_owned(),
-        event: Some(Event { label: Some("x".repeat(50_000)), ..Event::default() }),
-    };
+    let event = Event { label: Some("x".repeat(50_000)), ..Event::default() };
+    let message = StreamIngestRequest::of("slow", Some(event));
     let message = message.encode_to_vec();
     let bytes = framed(0, message.len(), &message);
     let parts: Vec<_> = bytes.chunks(bytes.len() / 6).map(Bytes::copy_from_slice).collect();
