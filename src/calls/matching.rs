@@ -15,7 +15,7 @@ use crate::domain::recorded::{Call, Found};
 use crate::domain::session::with_history;
 use crate::domain::signal::{Signal, SignalSet};
 use crate::store;
-use crate::store::calls::{Conversion, Standing};
+use crate::store::call_evidence::{Conversion, Standing};
 use crate::store::error::StoreError;
 use crate::store::transaction::Transaction;
 
@@ -64,8 +64,8 @@ async fn find(
     region: Option<&str>,
 ) -> Result<Vec<Found>, StoreError> {
     let inbound: Vec<&Call> = calls.iter().copied().filter(|call| call.is_inbound()).collect();
-    let activity = store::calls::activity(tx, site, &inbound).await?;
-    let conversions = store::calls::conversions(tx, site, &inbound).await?;
+    let activity = store::call_evidence::activity(tx, site, &inbound).await?;
+    let conversions = store::call_evidence::conversions(tx, site, &inbound).await?;
     let mut seen = activity.into_iter().zip(conversions);
     let decide = |call: &&Call| {
         let (activity, conversions) =
@@ -103,7 +103,7 @@ async fn freeze(
             Some((credit.session, until(call, decision, credit)))
         })
         .collect();
-    let mut standings = store::calls::standings(tx, site, &asked).await?.into_iter();
+    let mut standings = store::call_evidence::standings(tx, site, &asked).await?.into_iter();
     Ok(decisions
         .into_iter()
         .map(|mut decision| {
@@ -128,7 +128,7 @@ async fn credit(tx: &Transaction<'_>, site: SiteId, sessions: &BTreeSet<SessionK
         return Ok(());
     }
     let keys: Vec<SessionKey> = sessions.iter().copied().collect();
-    let credited: HashSet<SessionKey> = store::calls::credited(tx, site, &keys).await?.into_iter().collect();
+    let credited: HashSet<SessionKey> = store::call_evidence::credited(tx, site, &keys).await?.into_iter().collect();
     let mut changed = store::sessions::load_keys(tx, site, &keys).await?;
     changed.retain_mut(|session| {
         let raised: SignalSet =

@@ -1,0 +1,231 @@
+//! What speaks for the match of a call: activity of its fingerprint, clicks in its window, and what of a session's score was there.
+//!
+//! Every statement binds the site and the months that the windows can touch. Runs with the site's gate closed, see [`super::locks`], so
+//! what is read stands still.
+
+use chrono::{DateTime, NaiveDate, Utc};
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+use uuid::Uuid;
+
+use super::error::StoreError;
+use super::statement::Months;
+use super::transaction::Transaction;
+use crate::domain::attribution::Attribution;
+use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
+use crate::domain::matching::{self, Activity};
+use crate::domain::month::Month;
+use crate::domain::recorded::Call;
+use crate::domain::signal::SignalSet;
+
+/// Most conversions of one window that are looked at, the latest of them. A site has a few; more is a flood.
+const MOST_CONVERSIONS: i64 = 2000;
+/// Most sessions with a call's fingerprint that are looked at, the latest of them: more than are ever named.
+const MOST_SESSIONS: i64 = 100;
+
+crate::statement!(
+    /// For each asked (fingerprint, window): the latest event in the window of each session with that fingerprint, at most the latest $7 of them.
+    ACTIVITY_OF_FINGERPRINTS,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8],
+    "SELECT asked.place, seen.created_month, seen.session, seen.event, seen.occurred_at \
+     FROM unnest($4, $5, $6) WITH ORDINALITY AS asked (fingerprint, since, until, place) \
+     CROSS JOIN LATERAL ( \
+         SELECT s.created_month, s.id AS session, latest.id AS event, latest.occurred_at \
+         FROM public.sessions s \
+         CROSS JOIN LATERAL ( \
+             SELECT e.id, e.occurred_at FROM public.events e \
+             WHERE e.site_id = $1 AND e.session_month = s.created_month AND e.session_month BETWEEN $2 AND $3 \
+               AND e.session_id = s.id AND e.occurred_at BETWEEN asked.since AND asked.until \
+             ORDER BY e.occurred_at DESC, e.id DESC LIMIT 1) AS latest \
+         WHERE s.site_id = $1 AND s.fingerprint = asked.fingerprint AND s.created_month BETWEEN $2 AND $3 \
+           AND s.last_seen_at >= asked.since \
+         ORDER BY latest.occurred_at DESC, latest.id DESC, s.created_month, s.id LIMIT $7) AS seen"
+);
+
+crate::statement!(
+    /// For each asked window: its conversions, at most the latest $6. Which of them are clicks on the number is the domain's question.
+    CONVERSIONS_IN_WINDOWS,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8],
+    "SELECT asked.place, click.session_month, click.session_id, s.fingerprint, click.id, click.occurred_at, \
+         click.event_action, click.event_label \
+     FROM unnest($4, $5) WITH ORDINALITY AS asked (since, until, place) \
+     CROSS JOIN LATERAL ( \
+         SELECT e.session_month, e.session_id, e.id, e.occurred_at, e.event_action, e.event_label FROM public.events e \
+         WHERE e.site_id = $1 AND e.session_month BETWEEN $2 AND $3 AND e.signals & 1 = 1 \
+           AND e.occurred_at BETWEEN asked.since AND asked.until \
+         ORDER BY e.occurred_at DESC, e.id DESC LIMIT $6) AS click \
+     JOIN public.sessions s ON s.site_id = $1 AND s.created_month = click.session_month \
+       AND s.created_month BETWEEN $2 AND $3 AND s.id = click.session_id"
+);
+
+crate::statement!(
+    /// For each credited (session, time): what of its score was there by then, and its history.
+    STANDING_OF_SESSIONS,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE, DATE_ARRAY, UUID_ARRAY, TIMESTAMPTZ_ARRAY],
+    "SELECT asked.place, s.attribution, s.fingerprint, coalesce(( \
+         SELECT bit_or(e.signals) FROM public.events e \
+         WHERE e.site_id = $1 AND e.session_month = s.created_month AND e.session_month BETWEEN $2 AND $3 \
+           AND e.session_id = s.id AND e.occurred_at <= asked.until), 0) \
+     FROM unnest($4, $5, $6) WITH ORDINALITY AS asked (month, id, until, place) \
+     JOIN public.sessions s ON s.site_id = $1 AND s.created_month = asked.month AND s.created_month BETWEEN $2 AND $3 \
+       AND s.id = asked.id"
+);
+
+crate::statement!(
+    /// Of these sessions, those that a call is credited to.
+    CREDITED_SESSIONS,
+    Months::None,
+    [UUID, DATE_ARRAY, UUID_ARRAY],
+    "SELECT asked.month, asked.id FROM unnest($2, $3) AS asked (month, id) \
+     WHERE EXISTS (SELECT FROM public.calls c WHERE c.site_id = $1 AND c.matched_session_month = asked.month \
+                   AND c.matched_session_id = asked.id)"
+);
+
+type Unreadable = Box<dyn std::error::Error + Send + Sync>;
+
+/// The months that the windows can touch.
+fn months(calls: &[DateTime<Utc>]) -> Option<(NaiveDate, NaiveDate)> {
+    let spans = calls.iter().map(|started_at| matching::months_of_window(*started_at));
+    let (from, to) = (spans.clone().map(|span| span.0).min()?, spans.map(|span| span.1).max()?);
+    Some((from.first_day(), to.first_day()))
+}
+
+/// Reads the place that a row belongs to, from 0.
+fn place(row: &Row) -> Result<usize, Unreadable> {
+    Ok(usize::try_from(row.try_get::<_, i64>(0)? - 1)?)
+}
+
+fn session_of(row: &Row, site: SiteId) -> Result<SessionKey, Unreadable> {
+    Ok(SessionKey {
+        site_id: site,
+        month: Month::containing(row.try_get(1)?),
+        id: SessionId::from_uuid(row.try_get(2)?),
+    })
+}
+
+/// For each call that brought a fingerprint: the latest event in its window of each session with that fingerprint.
+pub async fn activity(tx: &Transaction<'_>, site: SiteId, calls: &[&Call]) -> Result<Vec<Vec<Activity>>, StoreError> {
+    let mut found: Vec<Vec<Activity>> = vec![Vec::new(); calls.len()];
+    let asked: Vec<(usize, &str, DateTime<Utc>)> = calls
+        .iter()
+        .enumerate()
+        .filter_map(|(place, call)| Some((place, call.told.fingerprint.as_deref()?, call.told.started_at)))
+        .collect();
+    let Some((from, to)) = months(&asked.iter().map(|(.., at)| *at).collect::<Vec<_>>()) else { return Ok(found) };
+    let fingerprints: Vec<&str> = asked.iter().map(|(_, fingerprint, _)| *fingerprint).collect();
+    let (since, until): (Vec<_>, Vec<_>) = asked.iter().map(|(.., at)| matching::window(*at)).unzip();
+    let params: [&(dyn ToSql + Sync); 7] = [&site.as_uuid(), &from, &to, &fingerprints, &since, &until, &MOST_SESSIONS];
+    let rows = tx.query(&ACTIVITY_OF_FINGERPRINTS, &params).await?;
+    for row in &rows {
+        let read = || -> Result<(usize, Activity), Unreadable> {
+            let event = EventId::from_uuid(row.try_get(3)?);
+            Ok((place(row)?, Activity { session: session_of(row, site)?, event, at: row.try_get(4)? }))
+        };
+        let (place, activity) = read().map_err(|error| StoreError::unreadable(ACTIVITY_OF_FINGERPRINTS.name, error))?;
+        if let Some((place, ..)) = asked.get(place) {
+            found[*place].push(activity);
+        }
+    }
+    Ok(found)
+}
+
+/// A conversion: perhaps a click on a number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conversion {
+    pub session: SessionKey,
+    /// The session's.
+    pub fingerprint: Option<String>,
+    pub event: EventId,
+    pub at: DateTime<Utc>,
+    pub action: String,
+    pub label: Option<String>,
+}
+
+/// For each call: the conversions in its window.
+pub async fn conversions(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    calls: &[&Call],
+) -> Result<Vec<Vec<Conversion>>, StoreError> {
+    let mut found: Vec<Vec<Conversion>> = vec![Vec::new(); calls.len()];
+    let times: Vec<DateTime<Utc>> = calls.iter().map(|call| call.told.started_at).collect();
+    let Some((from, to)) = months(&times) else { return Ok(found) };
+    let (since, until): (Vec<_>, Vec<_>) = times.iter().map(|at| matching::window(*at)).unzip();
+    let params: [&(dyn ToSql + Sync); 6] = [&site.as_uuid(), &from, &to, &since, &until, &MOST_CONVERSIONS];
+    let rows = tx.query(&CONVERSIONS_IN_WINDOWS, &params).await?;
+    for row in &rows {
+        let read = || -> Result<(usize, Conversion), Unreadable> {
+            let conversion = Conversion {
+                session: session_of(row, site)?,
+                fingerprint: row.try_get(3)?,
+                event: EventId::from_uuid(row.try_get(4)?),
+                at: row.try_get(5)?,
+                action: row.try_get(6)?,
+                label: row.try_get(7)?,
+            };
+            Ok((place(row)?, conversion))
+        };
+        let (place, conversion) = read().map_err(|error| StoreError::unreadable(CONVERSIONS_IN_WINDOWS.name, error))?;
+        if let Some(found) = found.get_mut(place) {
+            found.push(conversion);
+        }
+    }
+    Ok(found)
+}
+
+/// What of a session's score was there at a time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// What its events had raised by then.
+    pub raised: SignalSet,
+    pub attribution: Option<Attribution>,
+    pub fingerprint: Option<String>,
+}
+
+/// For each session and time: what was there of its score by then. Empty for a session that there is not.
+pub async fn standings(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    asked: &[(SessionKey, DateTime<Utc>)],
+) -> Result<Vec<Standing>, StoreError> {
+    let mut found = vec![Standing::default(); asked.len()];
+    let months = asked.iter().map(|(key, _)| key.month);
+    let (Some(from), Some(to)) = (months.clone().min(), months.max()) else { return Ok(found) };
+    let month: Vec<NaiveDate> = asked.iter().map(|(key, _)| key.month.first_day()).collect();
+    let ids: Vec<Uuid> = asked.iter().map(|(key, _)| key.id.as_uuid()).collect();
+    let until: Vec<DateTime<Utc>> = asked.iter().map(|(_, until)| *until).collect();
+    let params: [&(dyn ToSql + Sync); 6] = [&site.as_uuid(), &from.first_day(), &to.first_day(), &month, &ids, &until];
+    let rows = tx.query(&STANDING_OF_SESSIONS, &params).await?;
+    for row in &rows {
+        let read = || -> Result<(usize, Standing), Unreadable> {
+            let standing = Standing {
+                attribution: Attribution::from_name(row.try_get(1)?),
+                fingerprint: row.try_get(2)?,
+                raised: SignalSet::from_bits(row.try_get(3)?),
+            };
+            Ok((place(row)?, standing))
+        };
+        let (place, standing) = read().map_err(|error| StoreError::unreadable(STANDING_OF_SESSIONS.name, error))?;
+        if let Some(found) = found.get_mut(place) {
+            *found = standing;
+        }
+    }
+    Ok(found)
+}
+
+/// Of these sessions, those that a call is credited to.
+pub async fn credited(tx: &Transaction<'_>, site: SiteId, keys: &[SessionKey]) -> Result<Vec<SessionKey>, StoreError> {
+    let months: Vec<NaiveDate> = keys.iter().map(|key| key.month.first_day()).collect();
+    let ids: Vec<Uuid> = keys.iter().map(|key| key.id.as_uuid()).collect();
+    let rows = tx.query(&CREDITED_SESSIONS, &[&site.as_uuid(), &months, &ids]).await?;
+    rows.iter()
+        .map(|row| -> Result<SessionKey, tokio_postgres::Error> {
+            let (month, id) = (Month::containing(row.try_get(0)?), SessionId::from_uuid(row.try_get(1)?));
+            Ok(SessionKey { site_id: site, month, id })
+        })
+        .collect::<Result<_, _>>()
+        .map_err(|error| StoreError::unreadable(CREDITED_SESSIONS.name, error))
+}
