@@ -323,3 +323,32 @@ async fn what_is_learnt_of_a_candidate_later_does_not_move_the_match() {
     let again = stage.push(call("c", noon())).await;
     assert_eq!((again.effect, again.call), (Effect::Unchanged, before));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_a_server_noted_and_died_before_it_was_matched_is_matched_by_another() {
+    let stage = Stage::set().await;
+    stage.push(call("c", noon())).await;
+    // As a batch leaves it that was committed by a server which was killed then: the click, its session, and the note.
+    let site = stage.site;
+    let left = format!(
+        "WITH session AS (INSERT INTO sessions (site_id, created_month, id, created_at, last_seen_at, event_count, entry_page, attribution, \
+             traffic_source, traffic_medium, signals, lead_score) VALUES ('{site}', '2026-03-01', '{id}', '2026-03-15T11:59:00Z', \
+             '2026-03-15T11:59:00Z', 1, '/', 'Organic/Referral', 'Direct', 'direct', 1, 50) RETURNING site_id, id), \
+         click AS (INSERT INTO events (site_id, session_month, id, session_id, created_at, occurred_at, url, event_category, event_action, \
+             event_label, signals, lead_score) SELECT site_id, '2026-03-01', id, id, '2026-03-15T11:59:00Z', '2026-03-15T11:59:00Z', '/', \
+             'conversion', 'phone_call', 'tel:{BUSINESS}', 1, 50 FROM session) \
+         INSERT INTO opsmantik.call_rematches (site_id, call_id) SELECT site_id, id FROM calls",
+        id = SessionId::from_text(site, "A"),
+    );
+    stage.database.admin.batch_execute(&left).await.expect("left behind");
+    let stop = tokio_util::sync::CancellationToken::new();
+    let sweep = tokio::spawn(calls::sweep(stage.database.store.clone(), stop.clone()));
+    crate::support::browser::eventually("the call is matched", async || {
+        (stage.found("c").await == ("CLICK".to_owned(), stage.id("A"))).then_some(())
+    })
+    .await;
+    stop.cancel();
+    sweep.await.expect("the sweep ends");
+    assert_eq!(stage.session("A").await["call_signals"], 1);
+    assert_eq!(stage.database.count("SELECT count(*) FROM opsmantik.call_rematches").await, 0);
+}
