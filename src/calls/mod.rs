@@ -18,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::call::ReviewStatus;
 use crate::domain::id::{CallId, SiteId, UserId};
-use crate::domain::month::Month;
 use crate::domain::outcome::Unavailable;
 use crate::domain::push::Push;
 use crate::domain::recorded::{Call, Sale};
@@ -151,28 +150,18 @@ impl Calls {
         }
     }
 
-    /// Records pushes of one site and matches their calls. One result a push, in the same order; a call that is pushed twice here tells
-    /// its final state both times. When this fails some may be recorded; pushing all again is harmless.
-    pub async fn record(&self, site: SiteId, pushes: Vec<Push>) -> Result<Vec<Recorded>, Failed> {
-        // Calls of one month look for their visits in the same few partitions.
-        let mut by_month: Vec<(usize, Push)> = pushes.into_iter().enumerate().collect();
-        by_month.sort_by_key(|(place, push)| (Month::of(push.started_at), *place));
-        let mut recorded: Vec<Option<Recorded>> = vec![None; by_month.len()];
-        for month in by_month.chunk_by(|(_, one), (_, other)| Month::of(one.started_at) == Month::of(other.started_at))
-        {
-            for chunk in month.chunks(CHUNK) {
-                let _seat = self.seat(site).await?;
-                let pushes: Vec<&Push> = chunk.iter().map(|(_, push)| push).collect();
-                let results = patiently(|| record_once(&self.store, site, &pushes)).await?;
-                for ((place, _), result) in chunk.iter().zip(results) {
-                    let (effect, method) = (result.effect.name(), result.call.found.decision.method.name());
-                    metrics::counter!(telemetry::CALL_PUSHES_TOTAL, "effect" => effect, "method" => method)
-                        .increment(1);
-                    recorded[*place] = Some(result);
-                }
-            }
+    /// Records pushes of one site, [`CHUNK`] at most, and matches their calls: all of them in one transaction, or none. One result a push, in
+    /// the same order; a call that is pushed twice here tells its final state both times. Pushes of one month look for their visits in
+    /// the same few partitions, so whoever has many keeps months apart.
+    pub async fn record(&self, site: SiteId, pushes: &[Push]) -> Result<Vec<Recorded>, Failed> {
+        debug_assert!(pushes.len() <= CHUNK, "the gate of the site is closed meanwhile");
+        let _seat = self.seat(site).await?;
+        let recorded = patiently(|| record_once(&self.store, site, pushes)).await?;
+        for one in &recorded {
+            let (effect, method) = (one.effect.name(), one.call.found.decision.method.name());
+            metrics::counter!(telemetry::CALL_PUSHES_TOTAL, "effect" => effect, "method" => method).increment(1);
         }
-        Ok(recorded.into_iter().flatten().collect())
+        Ok(recorded)
     }
 
     /// Judges a call on behalf of a token; nothing if the site has no such call.
@@ -231,7 +220,7 @@ impl From<StoreError> for Failed {
     }
 }
 
-async fn record_once(store: &Store, site: SiteId, pushes: &[&Push]) -> Result<Vec<Recorded>, StoreError> {
+async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec<Recorded>, StoreError> {
     let tx = store.begin(Purpose::Serve).await?;
     locks::close(&tx, site).await?;
     let keys: Vec<_> = pushes.iter().map(|push| &push.key).collect();
@@ -241,12 +230,12 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[&Push]) -> Result<Ve
     let mut effects = Vec::with_capacity(pushes.len());
     for push in pushes {
         let effect = match calls.get_mut(&push.key) {
-            Some(call) => match call.told.merge((*push).clone()) {
+            Some(call) => match call.told.merge(push.clone()) {
                 true => Effect::Merged,
                 false => Effect::Unchanged,
             },
             None => {
-                calls.insert(push.key.clone(), Call::begin((*push).clone()));
+                calls.insert(push.key.clone(), Call::begin(push.clone()));
                 Effect::Created
             }
         };
@@ -261,7 +250,7 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[&Push]) -> Result<Ve
     tx.commit().await?;
 
     let written: HashMap<_, &Call> = written.iter().map(|call| (&call.key, call)).collect();
-    let result = |(push, effect): (&&Push, Effect)| {
+    let result = |(push, effect): (&Push, Effect)| {
         let call = written.get(&push.key).map(|call| (*call).clone());
         call.map(|call| Recorded { call, effect })
     };

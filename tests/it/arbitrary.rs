@@ -10,20 +10,19 @@ use std::time::{Duration, Instant};
 
 use opsmantik::domain::access::Scope;
 use opsmantik::grpc::proto::FILE_DESCRIPTOR_SET;
-use prost::bytes::{Buf, BufMut};
 use prost_reflect::{DescriptorPool, MessageDescriptor, MethodDescriptor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
-use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::calls::KEY;
 use crate::support::database::{Database, database};
 use crate::support::process::Server;
+use crate::support::raw::Raw;
 use maker::{Maker, Words};
 
 mod maker;
@@ -38,45 +37,6 @@ const CHANNELS: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a watch is watched for its first message.
 const GLANCE: Duration = Duration::from_millis(20);
-
-/// Bytes as they are.
-#[derive(Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Vec<u8>;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, bytes: Vec<u8>, into: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        into.put_slice(&bytes);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
-        let length = from.remaining();
-        Ok(Some(from.copy_to_bytes(length).to_vec()))
-    }
-}
 
 /// Both sides of a stream.
 type Stream = (mpsc::Sender<Vec<u8>>, Streaming<Vec<u8>>);

@@ -53,8 +53,8 @@ impl Stage {
     }
 
     async fn record(&self, drafts: Vec<Draft>) -> Vec<Recorded> {
-        let pushes = drafts.into_iter().map(|draft| push(self.site, draft)).collect();
-        self.calls.record(self.site, pushes).await.expect("the database answers")
+        let pushes: Vec<_> = drafts.into_iter().map(|draft| push(self.site, draft)).collect();
+        self.calls.record(self.site, &pushes).await.expect("the database answers")
     }
 
     async fn push(&self, draft: Draft) -> Recorded {
@@ -252,7 +252,7 @@ async fn a_call_and_its_click_that_are_stored_at_the_same_time_find_each_other()
         let (calls, site) = (stage.calls.clone(), stage.site);
         let pushed = push(site, call(&format!("c{n}"), moment + TimeDelta::seconds(5)));
         racing.spawn(async move {
-            calls.record(site, vec![pushed]).await.expect("the database answers");
+            calls.record(site, &[pushed]).await.expect("the database answers");
         });
     }
     while let Some(ended) = racing.join_next().await {
@@ -300,12 +300,12 @@ async fn a_site_whose_calls_wait_keeps_no_other_sites_calls_waiting() {
     let flood: Vec<_> = (0..20)
         .map(|_| {
             let (calls, site) = (stage.calls.clone(), stage.site);
-            tokio::spawn(async move { calls.record(site, vec![push(site, call("held", noon()))]).await.map(drop) })
+            tokio::spawn(async move { calls.record(site, &[push(site, call("held", noon()))]).await.map(drop) })
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(300)).await;
     let began = std::time::Instant::now();
-    let elsewhere = stage.calls.record(stage.other, vec![push(stage.other, call("free", noon()))]).await;
+    let elsewhere = stage.calls.record(stage.other, &[push(stage.other, call("free", noon()))]).await;
     assert!(elsewhere.is_ok() && began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     holder.rollback().await.expect("let go");
     for waiting in flood {

@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 use opsmantik::domain::access::Scope;
 use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
 use opsmantik::grpc::proto::{ScoreSignalsRequest, Signal, SignalFacts};
-use prost::bytes::{Buf, BufMut};
 use tonic::client::Grpc;
-use tonic::codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codec::CompressionEncoding;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
@@ -17,6 +16,7 @@ use tonic_types::StatusExt;
 use crate::support::database::{Database, database};
 use crate::support::metrics::Metrics;
 use crate::support::process::Server;
+use crate::support::raw::Raw;
 
 mod frames;
 
@@ -69,45 +69,6 @@ impl Door {
             assert!(!late, "{rpc} {code}: {ended:?} ended, {running:?} run");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-    }
-}
-
-/// Bytes as they are.
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Vec<u8>;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put_slice(&item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
-        let mut item = vec![0; buffer.remaining()];
-        buffer.copy_to_slice(&mut item);
-        Ok(Some(item))
     }
 }
 

@@ -131,7 +131,8 @@ async fn any_order_repetition_batching_and_number_of_writers_stores_the_same() {
         one_by_one.drain().await;
         let pushes = telephone(&mut rng, seed, &events);
         for push in &pushes {
-            let recorded = Calls::new(reference.store.clone()).record(push.key.site_id(), vec![push.clone()]).await;
+            let recorded =
+                Calls::new(reference.store.clone()).record(push.key.site_id(), std::slice::from_ref(push)).await;
             recorded.expect("the database answers");
         }
 
@@ -149,7 +150,7 @@ async fn any_order_repetition_batching_and_number_of_writers_stores_the_same() {
                 let calls = calls.clone();
                 ringing.spawn(async move {
                     // More at once than there are seats: a provider that is told to come again does.
-                    while let Err(failed) = calls.record(push.key.site_id(), vec![push.clone()]).await {
+                    while let Err(failed) = calls.record(push.key.site_id(), std::slice::from_ref(&push)).await {
                         assert!(matches!(failed, Failed::Unavailable(Unavailable::Busy)), "{failed}");
                     }
                 });

@@ -74,23 +74,25 @@ impl Recorder<'_> {
         admitted: Vec<Result<Push, Rejection>>,
     ) -> Result<Vec<Result<Recorded, Rejection>>, Unavailable> {
         // What is recorded together shares a transaction, and is recorded whole or not at all.
-        let mut together: BTreeMap<(SiteId, Month), Vec<(usize, Push)>> = BTreeMap::new();
+        let mut together: BTreeMap<(SiteId, Month), (Vec<usize>, Vec<Push>)> = BTreeMap::new();
         let mut results: Vec<Option<Result<Recorded, Rejection>>> = Vec::with_capacity(admitted.len());
         for (place, push) in admitted.into_iter().enumerate() {
             results.push(match push {
                 Ok(push) => {
                     let of = (push.key.site_id(), Month::of(push.started_at));
-                    together.entry(of).or_default().push((place, push));
+                    let (places, pushes) = together.entry(of).or_default();
+                    places.push(place);
+                    pushes.push(push);
                     None
                 }
                 Err(rejection) => Some(Err(rejection)),
             });
         }
         let mut latest: HashMap<CallId, usize> = HashMap::new();
-        for ((site, _), group) in together {
-            for chunk in group.chunks(CHUNK) {
+        for ((site, _), (places, pushes)) in together {
+            for (places, chunk) in places.chunks(CHUNK).zip(pushes.chunks(CHUNK)) {
                 let recorded = self.record_together(site, chunk).await?;
-                for ((place, _), result) in chunk.iter().zip(recorded) {
+                for (place, result) in places.iter().zip(recorded) {
                     if let Ok(recorded) = &result {
                         latest.insert(recorded.call.id, *place);
                     }
@@ -113,15 +115,14 @@ impl Recorder<'_> {
     async fn record_together(
         &self,
         site: SiteId,
-        pushes: &[(usize, Push)],
+        pushes: &[Push],
     ) -> Result<Vec<Result<Recorded, Rejection>>, Unavailable> {
-        let all = pushes.iter().map(|(_, push)| push.clone()).collect();
-        match self.state.calls.record(site, all).await {
+        match self.state.calls.record(site, pushes).await {
             Ok(recorded) => Ok(recorded.into_iter().map(Ok).collect()),
             Err(Failed::Unavailable(why)) => Err(why),
             Err(Failed::Refused(_)) => {
                 let mut results = Vec::with_capacity(pushes.len());
-                for (_, push) in pushes {
+                for push in pushes {
                     results.push(self.record_alone(site, push).await?);
                 }
                 Ok(results)
@@ -130,7 +131,7 @@ impl Recorder<'_> {
     }
 
     async fn record_alone(&self, site: SiteId, push: &Push) -> Result<Result<Recorded, Rejection>, Unavailable> {
-        match self.state.calls.record(site, vec![push.clone()]).await {
+        match self.state.calls.record(site, std::slice::from_ref(push)).await {
             // One push has one result; without it nothing is known.
             Ok(recorded) => recorded.into_iter().next().map(Ok).ok_or(Unavailable::Database),
             Err(Failed::Unavailable(why)) => Err(why),

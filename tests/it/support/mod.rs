@@ -12,4 +12,5 @@ pub mod line;
 pub mod metrics;
 pub mod process;
 pub mod qstash;
+pub mod raw;
 pub mod stage;
