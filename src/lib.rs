@@ -12,6 +12,7 @@
 //! | [`queue`] | who owns an event before the pipeline: nobody (inline) or QStash |
 //! | [`pipeline`] | batching: from accepted events to outcomes |
 //! | [`calls`] | from pushes to matched calls; again, when something late arrives |
+//! | [`feed`] | the change feed: PostgreSQL's log, read once a server and told to everybody who watches |
 //! | [`store`] | the repository: all SQL, addressed by keys that contain the month |
 //! | [`keeper`] | makes monthly partitions ahead of time |
 //! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice, [`secret`] what it never says |
@@ -24,6 +25,7 @@ pub mod config;
 pub mod dev;
 pub mod directory;
 pub mod domain;
+pub mod feed;
 pub mod grpc;
 pub mod http;
 pub mod keeper;

@@ -18,6 +18,7 @@ use crate::access::Gate;
 use crate::calls::{self, Calls};
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
+use crate::feed::Feed;
 use crate::grpc::{self, Certificates, GrpcState, Health};
 use crate::http::admin::{AdminState, admin_router};
 use crate::http::client_address::TrustedProxies;
@@ -120,6 +121,7 @@ impl Server {
             store: store.clone(),
             calls: Calls::new(store.clone()),
             caller_key: settings.caller_key()?,
+            feed: Feed::unfit("this server has no change feed yet"),
             gate,
             stop: close_doors.clone(),
         };

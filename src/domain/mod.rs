@@ -13,6 +13,7 @@ pub mod ads_history;
 pub mod attribution;
 pub mod call;
 pub mod campaign;
+pub mod change;
 pub mod client;
 pub mod event;
 pub mod evidence;

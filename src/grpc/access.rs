@@ -260,6 +260,7 @@ mod tests {
             gate: Gate::new(store.clone()),
             calls: crate::calls::Calls::new(store.clone()),
             caller_key: None,
+            feed: crate::feed::Feed::unfit("no feed here"),
             store,
             stop: tokio_util::sync::CancellationToken::new(),
         };

@@ -16,6 +16,7 @@ use crate::access::Gate;
 use crate::calls::Calls;
 use crate::calls::caller_key::CallerKey;
 use crate::directory::Directory;
+use crate::feed::Feed;
 use crate::pipeline::Pipeline;
 use crate::store::Store;
 use proto::calls_service_server::CallsServiceServer;
@@ -73,6 +74,8 @@ pub struct GrpcState {
     pub calls: Calls,
     /// Hashes callers' numbers. Without it no call can be recorded.
     pub caller_key: Option<CallerKey>,
+    /// Tells the changes that the Watch RPCs show.
+    pub feed: Feed,
     /// Cancelled when the server stops: streams end themselves.
     pub stop: CancellationToken,
 }

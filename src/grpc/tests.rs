@@ -59,6 +59,7 @@ async fn door() -> Door {
     let stop = CancellationToken::new();
     let store = Store::new("postgres://nobody@127.0.0.1:1/none", 2).await.expect("the URL is one");
     let state = GrpcState {
+        feed: crate::feed::Feed::unfit("no feed here"),
         pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
         directory: Directory::new(store.clone()),
         gate: gate(&store),

@@ -8,6 +8,7 @@ use std::time::Duration;
 pub mod ads_history;
 pub mod call_evidence;
 pub mod calls;
+pub mod columns;
 pub mod dead_letters;
 pub mod error;
 pub mod events;

@@ -62,6 +62,7 @@ impl Line {
         let (store, stop) = (database.store.clone(), CancellationToken::new());
         let pipeline = Pipeline::start(store.clone(), Nudge::default(), config);
         let state = GrpcState {
+            feed: opsmantik::feed::Feed::unfit("no feed here"),
             pipeline: pipeline.clone(),
             directory: Directory::new(store.clone()),
             gate: Gate::new(store.clone()),
