@@ -26,6 +26,9 @@ mod source;
 mod subscription;
 mod told;
 
+#[cfg(test)]
+mod tests;
+
 use crate::domain::change::{Change, Place, Position, Table};
 use crate::domain::id::SiteId;
 use crate::store::Store;
@@ -235,9 +238,10 @@ impl Engine {
         if let Some((_, error)) = running.failed.as_ref().filter(|(at, _)| at.elapsed() < self.options.back_off) {
             return Err(error.clone());
         }
+        let limit = self.options.start_limit;
         let started = tokio::select! {
             () = self.stop.cancelled() => return Err(FeedError::Away),
-            started = tokio::time::timeout(self.options.start_limit, self.places.start()) => started,
+            started = tokio::time::timeout(limit, self.places.start(limit)) => started,
         };
         let source = started.unwrap_or_else(|_| {
             let seconds = self.options.start_limit.as_secs();
