@@ -111,7 +111,7 @@ impl Default for FeedOptions {
     fn default() -> Self {
         Self {
             log_bytes: 64 << 20,
-            linger: Duration::from_mins(5),
+            linger: Duration::from_secs(5 * 60),
             subscribers: 1000,
             start_limit: Duration::from_secs(10),
             back_off: Duration::from_secs(2),
@@ -179,6 +179,10 @@ impl Feed {
             Some(url) => Manager::named("FEED_DATABASE_URL", url)?,
             None => Manager::new(database_url)?,
         };
+        // There from the beginning, so that nobody takes a feed that does not run for one that is not measured.
+        metrics::gauge!(telemetry::FEED_RUNNING).set(0.0);
+        metrics::counter!(telemetry::FEED_RESTARTS_TOTAL).absolute(0);
+        metrics::counter!(telemetry::FEED_CUT_OFF_TOTAL).absolute(0);
         let stop = stop.child_token();
         let engine = Engine {
             places: Places { store, direct: to, same: direct.is_none_or(|url| url == database_url) },

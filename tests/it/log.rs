@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use crate::support::cluster::throw_away;
 use crate::support::database::{Database, connect, database};
+use crate::support::metrics::Metrics;
 use crate::support::process::{Server, client};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -193,6 +194,8 @@ async fn a_row_written_by_hand_is_told_whole_before_and_after() {
     run(&database, "DELETE FROM events; TRUNCATE events").await;
     assert!(matches!(row(&mut events).await, Change::Delete { .. }), "and its mark is told by itself alone");
     assert!(matches!(entry(&mut events).await.what, What::Anew { site: None, month: None }));
+    let marks = "SELECT count(*) FROM opsmantik.vanished WHERE tab = 'events' AND cause IN ('delete', 'truncate')";
+    assert_eq!(database.count(marks).await, 2, "one for who was not there");
     run(&database, &format!("SELECT opsmantik.note_vanished('sessions', '2026-03-01', '{shop}', 'detach')")).await;
     let told = entry(&mut visits).await;
     let What::Anew { site: Some(site), month: Some(month) } = &told.what else { panic!("{told:?}") };
@@ -280,11 +283,22 @@ async fn writers_are_told_in_the_order_of_their_commits_and_nothing_is_covered_t
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_logged_but_not_shown_yet_is_not_covered() {
     // Whoever asks for it waits for a standby that is not there: its commit is in the log, and nobody sees it.
-    let private = Private::start(&[("synchronous_standby_names", "nobody")]).await;
+    let private = Private::start(&[]).await;
     let rig = Rig::at(&private.store, &private.url, None, FeedOptions::default());
     let site = private.site().await;
     let mut watch = rig.watch(Table::Calls, site).await;
     let admin = connect(&private.url).await;
+    let standbys = async |names: &str| {
+        let set = format!("ALTER SYSTEM SET synchronous_standby_names = '{names}'");
+        admin.batch_execute(&set).await.expect("a superuser");
+        admin.batch_execute("SELECT pg_reload_conf()").await.expect("a superuser");
+    };
+    standbys("nobody").await;
+    until("the standby is waited for", async || {
+        let shown = admin.query_one("SHOW synchronous_standby_names", &[]).await.expect("a look");
+        shown.get::<_, &str>(0) == "nobody"
+    })
+    .await;
     let moment = async || {
         let now = admin.query_one("SELECT pg_current_snapshot()::text", &[]).await.expect("a look");
         now.get::<_, &str>(0).parse::<Snapshot>().expect("a snapshot")
@@ -310,8 +324,7 @@ async fn what_is_logged_but_not_shown_yet_is_not_covered() {
         assert!(!now.sees(told.xid) && !watch.covers(&now), "{now}");
         assert!(watch.horizon() <= told.xid);
     }
-    admin.batch_execute("ALTER SYSTEM SET synchronous_standby_names = ''").await.expect("a superuser");
-    admin.batch_execute("SELECT pg_reload_conf()").await.expect("a superuser");
+    standbys("").await;
     writing.await.expect("no panic").expect("it is shown at last");
     assert!(!watch.covers(&before), "a look from before stays one");
     until("what is shown is covered", async || watch.covers(&moment().await)).await;
@@ -523,6 +536,7 @@ async fn a_cluster_without_logical_decoding_or_without_room_is_served_all_the_sa
     until("the months are made", async || ready().await.0 == 200).await;
     let body = ready().await.1;
     assert_eq!(body["ready"], true);
+    assert_eq!(Metrics::of(&server).await.value("opsmantik_feed_running", &[]), Some(0.0));
     assert!(
         body["warnings"][0].as_str().is_some_and(|warning| warning.starts_with("feed: ") && warning.contains(&why)),
         "{body}"
@@ -539,4 +553,45 @@ async fn a_cluster_without_logical_decoding_or_without_room_is_served_all_the_sa
         assert!(matches!(&refused, Some(FeedError::Unfit(why)) if why.contains(setting)), "{name}: {refused:?}");
         assert_eq!(first.feed.obstacle().await, None, "its own is not in its way");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_is_read_as_sslmode_asks_for() {
+    let private = Private::start(&[]).await;
+    let admin = connect(&private.url).await;
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    for (file, pem) in [("server.crt", made.cert.pem()), ("server.key", made.signing_key.serialize_pem())] {
+        let pem = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, pem);
+        let write = format!("COPY (SELECT '{pem}') TO PROGRAM 'umask 077; base64 -d > {file}'");
+        admin.batch_execute(&write).await.expect("a superuser");
+    }
+    let with = |mode: &str| private.url.replace("sslmode=disable", &format!("sslmode={mode}"));
+    let site = private.site().await;
+    let begins = async |mode: &str| {
+        let rig = Rig::at(&private.store, &private.url, Some(&with(mode)), FeedOptions::default());
+        let mut watch = rig.feed.subscribe(Table::Calls, site).await?;
+        let own = "SELECT ssl, application_name FROM pg_stat_ssl JOIN pg_stat_replication USING (pid)";
+        let row = admin.query_one(own, &[]).await.expect("one reads");
+        assert_eq!(row.get::<_, &str>(1), "opsmantik feed");
+        rig.stop.cancel();
+        assert_eq!(end(&mut watch).await, Lost::Away);
+        rig.feed.stopped().await;
+        let readers = "SELECT count(*) FROM pg_stat_replication";
+        until("it is gone", async || admin.query_one(readers, &[]).await.expect("a look").get::<_, i64>(0) == 0).await;
+        Ok::<bool, FeedError>(row.get(0))
+    };
+    assert_eq!(begins("prefer").await, Ok(false), "the server has no TLS yet");
+    assert_eq!(begins("require").await, Err(FeedError::Away));
+    admin.batch_execute("ALTER SYSTEM SET ssl = on").await.expect("a superuser");
+    admin.batch_execute("SELECT pg_reload_conf()").await.expect("a superuser");
+    until("TLS is on", async || {
+        connect(&with("disable")).await.query_one("SHOW ssl", &[]).await.expect("a look").get::<_, &str>(0) == "on"
+    })
+    .await;
+    assert_eq!(begins("disable").await, Ok(false));
+    for mode in ["prefer", "require"] {
+        assert_eq!(begins(mode).await, Ok(true), "{mode}");
+    }
+    // Nobody vouches for it.
+    assert_eq!(begins("verify-full").await, Err(FeedError::Away));
 }
