@@ -69,7 +69,8 @@ ALTER TABLE public.sites ADD CONSTRAINT sites_origins_spelled
     CHECK (cardinality(origins) <= 100 AND octet_length(array_to_string(origins, ' ')) <= 20000
            AND array_to_string(origins, ' ') = lower(array_to_string(origins, ' '))
            AND (cardinality(origins) = 0
-                OR array_to_string(origins, ' ') ~ '^(\*|https?://[^\s/@?#*]+)( (\*|https?://[^\s/@?#*]+))*$')) NOT VALID;
+                OR (array_to_string(origins, ' ') ~ '^(\*|https?://[^\s/@?#*]+)( (\*|https?://[^\s/@?#*]+))*$'
+                    AND cardinality(string_to_array(array_to_string(origins, ' '), ' ')) = cardinality(origins)))) NOT VALID;
 
 -- The server: it reads no member, no name and no owner of a site, and rewrites everything but what a row is found by.
 DROP POLICY IF EXISTS opsmantik_service ON public.site_members;

@@ -39,10 +39,10 @@ pub struct Visit<'v> {
 }
 
 impl Visit<'_> {
-    /// Runs a statement and takes it back.
+    /// Runs a statement as if those before had not been.
     async fn attempt(&mut self, sql: &str, look: bool) -> Outcome {
         self.attempts += 1;
-        let outcome = match self.tx.simple_query(&format!("SAVEPOINT attempt; {sql}")).await {
+        match self.tx.simple_query(&format!("ROLLBACK TO attempt; {sql}")).await {
             Ok(messages) => {
                 let mut shown = Vec::new();
                 let mut count = 0;
@@ -54,7 +54,7 @@ impl Visit<'_> {
                     }
                 }
                 shown.sort();
-                let changed = if look { self.changed().await } else { Vec::new() };
+                let changed = if look && count > 0 { self.changed().await } else { Vec::new() };
                 Outcome::Done { shown, count, changed }
             }
             Err(error) => match error.code() {
@@ -62,9 +62,7 @@ impl Visit<'_> {
                 Some(code) if code.code().starts_with("23") => Outcome::Violated,
                 _ => panic!("{}: {sql}: {error:?}", self.actor.name),
             },
-        };
-        self.tx.batch_execute("ROLLBACK TO attempt").await.expect("as if it had not been");
-        outcome
+        }
     }
 
     /// What the superuser finds changed at this moment.
@@ -106,11 +104,13 @@ impl Visit<'_> {
 
     /// Every verb at one table.
     pub async fn visit(&mut self, table: &Table) {
+        self.tx.batch_execute("SAVEPOINT attempt").await.expect("from here on");
         self.reads(table).await;
         self.writes(table).await;
         self.adds_and_removes(table).await;
         self.expect(&format!("TRUNCATE {}", table.name), May::Not, 0, None, false).await;
         self.expect(&format!("TRUNCATE {} CASCADE", table.name), May::Not, 0, None, false).await;
+        self.tx.batch_execute("ROLLBACK TO attempt; RELEASE attempt").await.expect("as if it had not been");
     }
 
     async fn reads(&mut self, table: &Table) {

@@ -258,7 +258,9 @@ pub async fn snapshot(admin: &Client, tables: &[Table]) -> BTreeMap<String, Opti
     let parents: Vec<String> = tables
         .iter()
         .filter(|table| !table.is_leaf())
-        .map(|table| format!("SELECT {}, '{} ' || to_jsonb(t)::text FROM {} t", table.site_column(), table.name, table.name))
+        .map(|table| {
+            format!("SELECT {}, '{} ' || to_jsonb(t)::text FROM {} t", table.site_column(), table.name, table.name)
+        })
         .collect();
     let rows = admin.query(&parents.join(" UNION ALL "), &[]).await.expect("the superuser may");
     rows.iter().map(|row| (row.get(1), row.get(0))).collect()
