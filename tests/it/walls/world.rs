@@ -80,8 +80,8 @@ pub fn actors() -> Vec<Actor> {
     let claims = "request.jwt.claims";
     let site = "opsmantik.site_id";
     vec![
-        Actor::person("as nobody", OWNER_A).with(claims, "").as_role("anon"),
-        Actor::person("with the owner's claims", OWNER_A).as_role("anon"),
+        Actor::person("as nobody", OWNER_A).with(claims, "").in_role("anon"),
+        Actor::person("with the owner's claims", OWNER_A).in_role("anon"),
         Actor { sees: ONLY_A, reviews: ONLY_A, manages: ONLY_A, ..Actor::person("owner of A", OWNER_A) },
         Actor { sees: ONLY_A, reviews: ONLY_A, manages: ONLY_A, ..Actor::person("member owner of A", MEMBER_OWNER_A) },
         Actor { sees: ONLY_A, reviews: ONLY_A, ..Actor::person("editor of A", EDITOR_A) },
@@ -104,7 +104,7 @@ pub fn actors() -> Vec<Actor> {
 }
 
 impl Actor {
-    fn as_role(mut self, role: &'static str) -> Self {
+    fn in_role(mut self, role: &'static str) -> Self {
         self.name = self.name.replacen(self.role, role, 1);
         self.role = role;
         self
