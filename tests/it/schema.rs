@@ -4,8 +4,8 @@ use opsmantik::domain::month::Month;
 use opsmantik::keeper;
 use opsmantik::store::Store;
 
-use crate::support::cluster::cluster;
-use crate::support::database::{connect, database, empty};
+use crate::support::database::{connect, database};
+use crate::support::supabase::like_supabase;
 
 const SESSION: &str = "INSERT INTO sessions (site_id, created_month, id, created_at, last_seen_at, event_count, entry_page, \
      attribution, traffic_source, traffic_medium, lead_score) SELECT id, '2026-03-01', id, now(), now(), 1, '/', \
@@ -118,43 +118,10 @@ async fn a_month_that_a_late_event_needs_is_made_while_it_waits() {
     running.await.expect("the keeper ends");
 }
 
-/// As a new Supabase project: roles, default privileges, `auth` with functions of its own, an owner that is no superuser.
-const SUPABASE: &str = "
-    DO $$ BEGIN
-      CREATE ROLE anon NOLOGIN NOINHERIT; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-    DO $$ BEGIN
-      CREATE ROLE authenticated NOLOGIN NOINHERIT; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-    DO $$ BEGIN
-      CREATE ROLE service_role NOLOGIN NOINHERIT BYPASSRLS; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-    DO $$ BEGIN
-      CREATE ROLE supabase_owner LOGIN CREATEROLE CREATEDB BYPASSRLS PASSWORD 'owner'; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-    GRANT anon, authenticated, service_role TO supabase_owner WITH ADMIN OPTION;
-    CREATE SCHEMA auth;
-    CREATE FUNCTION auth.uid() RETURNS uuid LANGUAGE sql STABLE AS
-      $$ SELECT (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid $$;
-    GRANT USAGE ON SCHEMA auth TO PUBLIC;
-    GRANT ALL ON SCHEMA public TO supabase_owner;
-    ALTER DEFAULT PRIVILEGES FOR ROLE supabase_owner IN SCHEMA public GRANT ALL ON TABLES TO anon, authenticated, service_role;
-    ALTER DEFAULT PRIVILEGES FOR ROLE supabase_owner IN SCHEMA public GRANT ALL ON FUNCTIONS TO anon, authenticated, service_role;
-    ALTER DEFAULT PRIVILEGES FOR ROLE supabase_owner IN SCHEMA public GRANT ALL ON SEQUENCES TO anon, authenticated, service_role;
-";
-
 #[tokio::test]
 async fn the_migrations_run_on_a_supabase_database_and_leak_nothing_there() {
-    // The roles are the cluster's: let the template's migration make them first, so that this owner is given them.
-    let _roles_exist = database().await;
-    let admin = empty("like_supabase").await;
-    admin.batch_execute(SUPABASE).await.expect("a database like Supabase's");
-    admin.batch_execute("GRANT CREATE ON DATABASE like_supabase TO supabase_owner").await.expect("as there");
-    admin
-        .batch_execute(
-            "GRANT opsmantik_service, opsmantik_operator, opsmantik_tenant TO supabase_owner WITH ADMIN OPTION",
-        )
-        .await
-        .expect("the roles are there already");
-    let url = cluster().await.url("like_supabase");
-    let (_, place) = url.split_once('@').expect("user@host");
-    let store = Store::new(&format!("postgres://supabase_owner:owner@{place}"), 4).await.expect("a URL");
+    let database = like_supabase("like_supabase").await;
+    let (admin, store) = (&database.admin, &database.store);
     assert!(store.migrate().await.expect("the migrations run").len() >= 4);
     assert_eq!(store.migrate().await.expect("again"), Vec::<String>::new());
 

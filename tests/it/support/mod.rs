@@ -14,3 +14,4 @@ pub mod process;
 pub mod qstash;
 pub mod raw;
 pub mod stage;
+pub mod supabase;
