@@ -1,10 +1,12 @@
 -- Months go as they came: whole, and without standing in anybody's way. And each leaf is published by its own name.
 --
--- A month is detached, concurrently, then dropped. Foreign keys over all months do not allow that quietly: to detach a month of sessions
--- PostgreSQL locks writers of events out and looks for references in every month there is, and to drop a month of events it locks readers
--- of all sessions out. An event has the month of its session, so each month of events now refers to the same month of sessions, and to
--- nothing else: as strong as before, and a month that goes has to do with no other. A call outlives the month of its visit and keeps what
--- it knows of it: its match is checked when it is made, and not when the visit goes.
+-- A month is detached, concurrently, then dropped. Foreign keys beyond the month do not allow that quietly: to detach a month of sessions
+-- PostgreSQL locks writers of events out and looks for references in every month there is; to drop a month of events it locks readers of all
+-- sessions out, and to drop a month of sessions those of sites, which is everybody. So no key of a leaf leads out of its month any more:
+--
+-- * An event has the month of its session, so each month of events refers to the same month of sessions: as strong as before.
+-- * That the site of a session exists is checked by a trigger, and so is, when somebody deletes a site, that it has no sessions.
+-- * A call outlives the month of its visit and keeps what it knows of it: its match is checked when it is made, and not when the visit goes.
 --
 -- What a dropped, emptied or returned month means to a watcher is said by the marks in `opsmantik.vanished`; here they are made for all
 -- of these, cost little when many rows go at once, and are cleared away when a newer one says the same.
@@ -129,6 +131,37 @@ END
 $$;
 COMMENT ON FUNCTION opsmantik.tie_leaf(regclass, regclass) IS
     'Makes a month of events refer to the same month of sessions. Locks these two leaves and nothing else.';
+
+CREATE OR REPLACE FUNCTION opsmantik.check_site() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM public.sites WHERE id = NEW.site_id) THEN
+        RAISE EXCEPTION 'a session cannot belong to a site that there is not'
+            USING ERRCODE = 'foreign_key_violation', SCHEMA = 'public', TABLE = 'sessions', CONSTRAINT = 'sessions_site_id_fkey';
+    END IF;
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION opsmantik.check_site() IS 'The site of a session exists. As the caller, who sees the sites whose sessions they may write.';
+
+CREATE OR REPLACE FUNCTION opsmantik.keep_site() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- Whoever is writing sessions is waited for, and whoever comes later finds the site gone. A site is deleted by hand, if ever.
+    LOCK TABLE public.sessions IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM public.sessions WHERE site_id = OLD.id) THEN
+        RAISE EXCEPTION 'a site that has sessions cannot be deleted, nor get another id'
+            USING ERRCODE = 'foreign_key_violation', SCHEMA = 'public', TABLE = 'sessions', CONSTRAINT = 'sessions_site_id_fkey';
+    END IF;
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION opsmantik.keep_site() IS
+    'A site that has sessions stays. As the caller: who may delete a site passes by its policies, and by those of sessions.';
 
 CREATE OR REPLACE FUNCTION opsmantik.check_match() RETURNS trigger
 LANGUAGE plpgsql
@@ -436,7 +469,8 @@ AS $$
     )
     SELECT l.name, f.fault FROM fault f JOIN leaf l ON l.leaf = f.leaf
     UNION ALL
-    SELECT u.rel::text, 'is not in the publication supabase_realtime' FROM opsmantik.unpublished() AS u (rel)
+    SELECT c.relname::text, 'is not in the publication supabase_realtime'
+    FROM opsmantik.unpublished() AS u (rel) JOIN pg_class c ON c.oid = u.rel
     ORDER BY 1, 2
 $$;
 COMMENT ON FUNCTION opsmantik.leaf_faults() IS
@@ -491,7 +525,7 @@ COMMENT ON FUNCTION opsmantik.leaf_states() IS
 
 REVOKE ALL ON FUNCTION opsmantik.note_truncated(), opsmantik.notes_truncate(regclass), opsmantik.prune_vanished(),
     opsmantik.is_tied(regclass, regclass), opsmantik.tie_leaf(regclass, regclass), opsmantik.check_match(),
-    opsmantik.unpublished(), opsmantik.publish_leaves(), opsmantik.leaf_states()
+    opsmantik.check_site(), opsmantik.keep_site(), opsmantik.unpublished(), opsmantik.publish_leaves(), opsmantik.leaf_states()
     FROM PUBLIC, anon, authenticated, service_role;
 GRANT EXECUTE ON FUNCTION opsmantik.prune_vanished() TO opsmantik_service;
 GRANT EXECUTE ON FUNCTION opsmantik.leaf_states() TO opsmantik_operator;
@@ -512,14 +546,22 @@ BEGIN
     FOR old IN
         SELECT k.conrelid::regclass AS rel, k.conname
         FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
-        WHERE k.contype = 'f' AND k.confrelid = 'public.sessions'::regclass AND k.conparentid = 0
-          AND c.relnamespace = 'public'::regnamespace AND c.relname ~ '^(calls|events|events_\d{4}_\d\d)$'
+        WHERE k.contype = 'f' AND k.conparentid = 0 AND c.relnamespace = 'public'::regnamespace
+          AND (k.confrelid = 'public.sessions'::regclass AND c.relname ~ '^(calls|events|events_\d{4}_\d\d)$'
+               OR k.confrelid = 'public.sites'::regclass AND c.relname ~ '^(sessions|sessions_\d{4}_\d\d)$')
         ORDER BY c.relname
     LOOP
         EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', old.rel, old.conname);
     END LOOP;
 END
 $$;
+
+CREATE OR REPLACE TRIGGER sessions_site AFTER INSERT OR UPDATE OF site_id ON public.sessions
+    FOR EACH ROW EXECUTE FUNCTION opsmantik.check_site();
+CREATE OR REPLACE TRIGGER sites_kept AFTER DELETE ON public.sites
+    FOR EACH ROW EXECUTE FUNCTION opsmantik.keep_site();
+CREATE OR REPLACE TRIGGER sites_same AFTER UPDATE OF id ON public.sites
+    FOR EACH ROW WHEN (OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.keep_site();
 
 -- Deferrable as the key was: a batch may match a call before it writes the session. Only a new match is looked at.
 DO $$

@@ -289,7 +289,10 @@ impl Told {
         for doomed in &self.months {
             doomed.month.print();
             if doomed.matched_calls > 0 {
-                println!("            {} calls are matched to its visits: they stay, and keep their match", doomed.matched_calls);
+                println!(
+                    "            {} calls are matched to its visits: they stay, and keep their match",
+                    doomed.matched_calls
+                );
             }
         }
         for month in &self.absent {

@@ -1,8 +1,8 @@
 //! The end of a month: detached, concurrently, then dropped, so that nobody who reads or writes other months waits for it.
 //!
 //! Every step is looked up in the catalog and not remembered: a run that was killed anywhere is finished by the next. What other
-//! transactions hold is waited for without standing in a queue, because whoever came later would stand behind us: by short attempts, and
-//! where a lock on `sites` is needed (dropping a table takes its foreign key away) only while no transaction holds it for long.
+//! transactions hold is waited for without standing in a queue for long, because whoever came later would stand behind us: by short
+//! attempts, each of which locks leaves of this month and nothing else.
 //!
 //! DDL, by the role that owns the tables, on a connection of its own.
 
@@ -21,9 +21,8 @@ const DROP_LOCK: i64 = 0x6f70_736d_6472_6f70;
 /// While a step waits for a lock, whoever wants the same lock waits behind it: at most so long.
 const DETACH_LOCK_TIMEOUT: &str = "1s";
 const FINALIZE_LOCK_TIMEOUT: &str = "500ms";
-/// Dropping locks `sites`, which every write reads.
-const DROP_LOCK_TIMEOUT: &str = "100ms";
-/// Between two attempts. A transaction that is there before and after it is a long one.
+const DROP_LOCK_TIMEOUT: &str = "500ms";
+/// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(300);
 /// A month that events bring back while it goes is taken away again this often.
 const MOST_RETURNS: u32 = 5;
@@ -37,7 +36,9 @@ pub enum DropError {
     NotOwner { role: String, owner: String },
     #[error("another run drops months at this moment")]
     Busy,
-    #[error("{0} is a DEFAULT partition: beside it no month can be detached without locking everybody out; move its rows and drop it")]
+    #[error(
+        "{0} is a DEFAULT partition: beside it no month can be detached without locking everybody out; move its rows and drop it"
+    )]
     DefaultPartition(String),
     #[error("gave up at {0}: {1}. What is done is done, run it again")]
     InTheWay(String, String),
@@ -164,7 +165,6 @@ impl Dropper {
                     let why = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
                     self.wait(at, format!("other transactions ({why})"), &mut tell).await?;
                 }
-                Err(DropError::InTheWay(at, why)) => self.wait(at, why, &mut tell).await?,
                 Err(error) => return Err(error),
             }
         }
@@ -222,7 +222,6 @@ impl Dropper {
         leaves: &[&Leaf],
         marked: &HashSet<String>,
     ) -> Result<Vec<Step>, DropError> {
-        self.nobody_stays_long(leaves).await?;
         self.sql("begin", "BEGIN").await?;
         let done = self.drop_in_transaction(month, leaves, marked).await;
         match done {
@@ -258,32 +257,6 @@ impl Dropper {
         let names: Vec<String> = leaves.iter().map(|leaf| format!("public.{}", quoted(&leaf.name))).collect();
         self.sql(&format!("drop {}", names.join(", ")), &format!("DROP TABLE {}", names.join(", "))).await?;
         Ok(true)
-    }
-
-    /// Whoever asks for a lock that a long transaction holds lets everybody else wait behind them. So nobody asks as long as one does.
-    async fn nobody_stays_long(&self, leaves: &[&Leaf]) -> Result<(), DropError> {
-        let names: String = leaves.iter().map(|leaf| format!(", 'public.{}'::regclass", quoted(&leaf.name))).collect();
-        let look = format!(
-            "SELECT DISTINCT l.virtualtransaction FROM pg_locks l JOIN pg_database d ON d.oid = l.database \
-             WHERE d.datname = current_database() AND l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid() \
-               AND l.relation IN ('public.sites'::regclass{names})"
-        );
-        let holders = async || -> Result<HashSet<String>, DropError> {
-            self.sql("look at the locks", &look).await?.iter().map(|row| text(row, 0)).collect()
-        };
-        let before = holders().await?;
-        if before.is_empty() {
-            return Ok(());
-        }
-        tokio::time::sleep(PAUSE).await;
-        match before.intersection(&holders().await?).count() {
-            0 => Ok(()),
-            long => {
-                let names: Vec<&str> = leaves.iter().map(|leaf| leaf.name.as_str()).collect();
-                let why = format!("{long} long transactions that hold a lock on sites or on the month");
-                Err(DropError::InTheWay(format!("dropping {}", names.join(" and ")), why))
-            }
-        }
     }
 
     /// Runs one statement outside of any other; its rows as text.

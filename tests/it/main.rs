@@ -21,6 +21,8 @@ mod pipeline;
 mod process;
 mod qstash;
 mod readme;
+mod realtime;
+mod retention;
 mod schema;
 mod scoring;
 mod statements;
