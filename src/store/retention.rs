@@ -135,16 +135,9 @@ impl Dropper {
             let (at, done) = match next(&leaves) {
                 Next::Nothing => return Ok(any),
                 Next::Detach(leaf) => {
-                    if !marked.insert(leaf.name.clone()) {
-                        returns += 1;
-                    }
-                    if returns > MOST_RETURNS {
-                        return Err(DropError::ComesBack(month));
-                    }
                     (format!("detaching {}", leaf.name), self.detach(leaf, "CONCURRENTLY", DETACH_LOCK_TIMEOUT).await)
                 }
                 Next::Finalize(leaf) => {
-                    marked.insert(leaf.name.clone());
                     (format!("detaching {}", leaf.name), self.detach(leaf, "FINALIZE", FINALIZE_LOCK_TIMEOUT).await)
                 }
                 Next::Drop(leaves) => {
@@ -155,13 +148,19 @@ impl Dropper {
             match done {
                 Ok(steps) => {
                     any = true;
-                    steps.into_iter().for_each(&mut tell);
-                }
-                Err(DropError::Refused(what, error)) if passes(&error) => {
-                    // A detaching that gave up half way has not brought the leaf back.
-                    if let Some(leaf) = what.strip_prefix(DETACHING) {
-                        marked.remove(leaf);
+                    for step in steps {
+                        if let Step::Detached(leaf) | Step::Finished(leaf) = &step
+                            && !marked.insert(leaf.clone())
+                        {
+                            returns += 1;
+                        }
+                        tell(step);
                     }
+                    if returns > MOST_RETURNS {
+                        return Err(DropError::ComesBack(month));
+                    }
+                }
+                Err(DropError::Refused(_, error)) if passes(&error) => {
                     let why = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
                     self.wait(at, format!("other transactions ({why})"), &mut tell).await?;
                 }
@@ -203,7 +202,7 @@ impl Dropper {
         self.sql("prepare", &format!("SET lock_timeout = '{lock_timeout}'")).await?;
         let Leaf { name, table, month, .. } = leaf;
         let alter = format!("ALTER TABLE public.{} DETACH PARTITION public.{} {how}", quoted(table), quoted(name));
-        self.sql(&format!("{DETACHING}{name}"), &alter).await?;
+        self.sql(&format!("detach {name}"), &alter).await?;
         // Only now its rows are gone for everybody: who reads the mark and looks again does not see them.
         self.mark(table, *month).await?;
         let name = name.clone();
@@ -272,9 +271,6 @@ impl Dropper {
             .collect())
     }
 }
-
-/// How the step is called in an error; the leaf's name follows.
-const DETACHING: &str = "detach ";
 
 /// Whether another transaction was in the way: a lock, or the same leaf that it attached, detached or dropped.
 fn passes(error: &tokio_postgres::Error) -> bool {

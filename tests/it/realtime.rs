@@ -128,12 +128,14 @@ enum Cell {
     Text(String),
 }
 
+type Row = BTreeMap<String, Cell>;
+
 /// What pgoutput tells of rows.
 #[derive(Debug, Default)]
 struct Told {
     relations: HashMap<u32, (String, Vec<String>)>,
     /// Kind (`I`, `U`, `D`), table, old row, new row.
-    rows: Vec<(char, String, BTreeMap<String, Cell>, BTreeMap<String, Cell>)>,
+    rows: Vec<(char, String, Row, Row)>,
 }
 
 /// Reads a message from its front.
@@ -157,7 +159,7 @@ impl Reader<'_> {
         name
     }
 
-    fn cells(&mut self, columns: &[String]) -> BTreeMap<String, Cell> {
+    fn cells(&mut self, columns: &[String]) -> Row {
         assert_eq!(self.number::<2>(), columns.len(), "a row of all columns");
         let mut row = BTreeMap::new();
         for column in columns {
@@ -213,7 +215,7 @@ impl Told {
 }
 
 /// The row as PostgreSQL writes its values in text.
-async fn row_as_text(admin: &Client, table: &str) -> BTreeMap<String, Cell> {
+async fn row_as_text(admin: &Client, table: &str) -> Row {
     let columns = admin
         .query(
             "SELECT attname::text FROM pg_attribute WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped",
