@@ -9,8 +9,9 @@ use chrono::{DateTime, Utc};
 use crate::domain::attribution::Attribution;
 use crate::domain::call::{CallKey, MatchMethod};
 use crate::domain::event::is_call_action;
-use crate::domain::id::{SessionKey, SiteId};
+use crate::domain::id::{CallId, EventId, SessionKey, SiteId};
 use crate::domain::matching::{self, Candidate, Click, Facts, Match};
+use crate::domain::month::Month;
 use crate::domain::recorded::{Call, Found};
 use crate::domain::session::with_history;
 use crate::domain::signal::{Signal, SignalSet};
@@ -33,10 +34,18 @@ pub(super) async fn settle(
     let open: Vec<usize> = (0..calls.len()).filter(|place| calls[*place].is_open()).collect();
     let asked: Vec<&Call> = open.iter().map(|place| &calls[*place]).collect();
     let found = find(tx, site, &asked, region.as_deref()).await?;
+    let moved: Vec<&Call> =
+        asked.into_iter().zip(&found).filter(|(call, found)| call.found != **found).map(|(call, _)| call).collect();
+    let outlived = outlived(tx, site, &moved).await?;
     let now = Utc::now();
     for (place, found) in open.into_iter().zip(found) {
         let call = &mut calls[place];
         if call.matched_at.is_some() && call.found == found {
+            continue;
+        }
+        if outlived.contains(&call.id) {
+            // Should its visit come back by a late event, it is still the one that made the phone ring.
+            credits.extend(call.credited().map(|credit| credit.session));
             continue;
         }
         if call.credited().map(|credit| credit.session) != found.decision.credited.as_ref().map(|credit| credit.session)
@@ -54,6 +63,20 @@ pub(super) async fn settle(
     credit(tx, site, &credits).await?;
     written.extend(same);
     Ok(written)
+}
+
+/// Of these calls those whose match rests on events that are no longer there, because their month was dropped. What is left of the window
+/// tells less than the match, which therefore stays as it is.
+async fn outlived(tx: &Transaction<'_>, site: SiteId, calls: &[&Call]) -> Result<HashSet<CallId>, StoreError> {
+    let rests_on = |call: &Call| -> Vec<Candidate> {
+        let decision = &call.found.decision;
+        decision.credited.iter().chain(&decision.candidates).cloned().collect()
+    };
+    let named: Vec<(CallId, Candidate)> =
+        calls.iter().flat_map(|call| rests_on(call).into_iter().map(|one| (call.id, one))).collect();
+    let events: Vec<(Month, EventId)> = named.iter().map(|(_, one)| (one.session.month, one.event)).collect();
+    let there = store::call_evidence::still_there(tx, site, &events).await?;
+    Ok(named.iter().zip(there).filter(|(_, there)| !there).map(|((call, _), _)| *call).collect())
 }
 
 /// The match of each call, with what is frozen of the session that it is credited to.

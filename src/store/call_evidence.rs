@@ -84,6 +84,15 @@ crate::statement!(
                    AND c.matched_session_id = asked.id)"
 );
 
+crate::statement!(
+    /// Of these events, the places of those that are stored.
+    EVENTS_STILL_THERE,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE, DATE_ARRAY, UUID_ARRAY],
+    "SELECT asked.place FROM unnest($4, $5) WITH ORDINALITY AS asked (month, id, place) \
+     JOIN public.events e ON e.site_id = $1 AND e.session_month = asked.month AND e.session_month BETWEEN $2 AND $3 AND e.id = asked.id"
+);
+
 type Unreadable = Box<dyn std::error::Error + Send + Sync>;
 
 /// The months that the windows can touch.
@@ -228,4 +237,26 @@ pub async fn credited(tx: &Transaction<'_>, site: SiteId, keys: &[SessionKey]) -
         })
         .collect::<Result<_, _>>()
         .map_err(|error| StoreError::unreadable(CREDITED_SESSIONS.name, error))
+}
+
+/// For each of these events of the site whether it is stored. It may not be: its month was dropped.
+pub async fn still_there(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    events: &[(Month, EventId)],
+) -> Result<Vec<bool>, StoreError> {
+    let mut there = vec![false; events.len()];
+    let months = events.iter().map(|(month, _)| *month);
+    let (Some(from), Some(to)) = (months.clone().min(), months.clone().max()) else { return Ok(there) };
+    let month: Vec<NaiveDate> = months.map(Month::first_day).collect();
+    let ids: Vec<Uuid> = events.iter().map(|(_, id)| id.as_uuid()).collect();
+    let rows =
+        tx.query(&EVENTS_STILL_THERE, &[&site.as_uuid(), &from.first_day(), &to.first_day(), &month, &ids]).await?;
+    for row in &rows {
+        let place = place(row).map_err(|error| StoreError::unreadable(EVENTS_STILL_THERE.name, error))?;
+        if let Some(there) = there.get_mut(place) {
+            *there = true;
+        }
+    }
+    Ok(there)
 }

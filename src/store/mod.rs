@@ -18,6 +18,7 @@ pub mod migrate;
 pub mod partitions;
 pub mod pool;
 pub mod rematches;
+pub mod retention;
 pub mod scoring;
 pub mod sessions;
 pub mod sites;

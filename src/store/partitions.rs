@@ -1,5 +1,8 @@
 //! Monthly partitions of `sessions` and `events`. The work is done by `opsmantik.ensure_month` in the database, whole: created,
-//! dressed (identity, row level security, policies, grants) and attached; see the migrations.
+//! dressed (identity, row level security, policies, grants, triggers), tied to its sessions, attached and published; see the migrations. How
+//! months go is told by [`super::retention`].
+
+use std::collections::HashMap;
 
 use chrono::NaiveDate;
 
@@ -8,6 +11,8 @@ use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Purpose;
 use crate::domain::month::Month;
+
+type Unreadable = Box<dyn std::error::Error + Send + Sync>;
 
 crate::statement!(
     /// Makes or mends one month; tells the names of the leaves it made.
@@ -25,10 +30,25 @@ crate::statement!(
     "SELECT month FROM opsmantik.missing_months($1, $2) AS month ORDER BY month"
 );
 crate::statement!(
-    LIST_MONTHS,
+    LEAF_STATES,
     Months::None,
     [],
-    "SELECT month, sessions_leaf, events_leaf, sessions_rows, events_rows, bytes FROM opsmantik.months() ORDER BY month"
+    "SELECT tab, leaf, month, state, ours, estimate, bytes FROM opsmantik.leaf_states()"
+);
+crate::statement!(
+    /// How many calls are matched to visits of each of these months.
+    MATCHED_CALLS,
+    Months::None,
+    [DATE_ARRAY],
+    "SELECT matched_session_month, count(*) FROM public.calls \
+     WHERE matched_session_id IS NOT NULL AND matched_session_month = ANY ($1) GROUP BY matched_session_month"
+);
+crate::statement!(
+    /// Clears away marks that a newer one makes superfluous.
+    PRUNE_VANISHED,
+    Months::None,
+    [],
+    "SELECT opsmantik.prune_vanished()"
 );
 
 /// Whether the schema can take what comes.
@@ -46,15 +66,56 @@ impl Readiness {
     }
 }
 
-/// A month with its leaves. Rows are the planner's estimates.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct MonthOfData {
+/// How a leaf hangs on its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LeafState {
+    Attached,
+    /// A detaching that was interrupted has left it: its rows are not seen any more.
+    Pending,
+    /// Nobody sees its rows but by its own name.
+    Detached,
+}
+
+impl LeafState {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attached => "attached",
+            Self::Pending => "pending",
+            Self::Detached => "detached",
+        }
+    }
+
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        [Self::Attached, Self::Pending, Self::Detached].into_iter().find(|state| state.name() == name)
+    }
+}
+
+/// A month's part of `sessions` or `events`. Rows are the planner's estimate, bytes with indexes and TOAST.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Leaf {
+    pub name: String,
+    /// `sessions` or `events`.
+    pub table: String,
+    #[serde(skip)]
     pub month: Month,
-    pub sessions_leaf: Option<String>,
-    pub events_leaf: Option<String>,
-    pub sessions_rows: Option<i64>,
-    pub events_rows: Option<i64>,
-    pub bytes: Option<i64>,
+    pub state: LeafState,
+    /// Made like our leaves. A detached table that only has the name of one is left alone.
+    pub ours: bool,
+    pub rows: i64,
+    pub bytes: i64,
+}
+
+fn read_leaf(row: &tokio_postgres::Row) -> Result<Leaf, Unreadable> {
+    Ok(Leaf {
+        table: row.try_get(0)?,
+        name: row.try_get(1)?,
+        month: Month::containing(row.try_get(2)?),
+        state: LeafState::from_name(row.try_get(3)?).ok_or("unknown state")?,
+        ours: row.try_get(4)?,
+        rows: row.try_get(5)?,
+        bytes: row.try_get(6)?,
+    })
 }
 
 /// Why the server's role could not store an event now; nothing if it could.
@@ -95,23 +156,33 @@ impl Store {
         read().map_err(|error| StoreError::unreadable("readiness", error))
     }
 
-    /// All months that have leaves.
-    pub async fn list_months(&self) -> Result<Vec<MonthOfData>, StoreError> {
+    /// The leaves of all months, the attached ones and what is left of others; by month, sessions first.
+    pub async fn leaves(&self) -> Result<Vec<Leaf>, StoreError> {
         let tx = self.begin(Purpose::Operate).await?;
-        let rows = tx.query(&LIST_MONTHS, &[]).await?;
+        let rows = tx.query(&LEAF_STATES, &[]).await?;
+        tx.commit().await?;
+        let leaves = rows.iter().map(read_leaf).collect::<Result<_, _>>();
+        leaves.map_err(|error| StoreError::unreadable(LEAF_STATES.name, error))
+    }
+
+    /// How many calls are matched to visits of these months; none for a month that is not told.
+    pub async fn matched_calls(&self, months: &[Month]) -> Result<HashMap<Month, i64>, StoreError> {
+        let months: Vec<NaiveDate> = months.iter().map(|month| month.first_day()).collect();
+        let tx = self.begin(Purpose::Serve).await?;
+        let rows = tx.query(&MATCHED_CALLS, &[&months]).await?;
         tx.commit().await?;
         rows.iter()
-            .map(|row| {
-                Ok(MonthOfData {
-                    month: Month::containing(row.try_get(0)?),
-                    sessions_leaf: row.try_get(1)?,
-                    events_leaf: row.try_get(2)?,
-                    sessions_rows: row.try_get(3)?,
-                    events_rows: row.try_get(4)?,
-                    bytes: row.try_get(5)?,
-                })
-            })
+            .map(|row| Ok((Month::containing(row.try_get(0)?), row.try_get(1)?)))
             .collect::<Result<_, tokio_postgres::Error>>()
-            .map_err(|error| StoreError::unreadable(LIST_MONTHS.name, error))
+            .map_err(|error| StoreError::unreadable(MATCHED_CALLS.name, error))
+    }
+
+    /// Clears away marks of vanished rows that a newer one makes superfluous; how many.
+    pub async fn prune_vanished(&self) -> Result<i64, StoreError> {
+        let tx = self.begin(Purpose::Keep).await?;
+        let rows = tx.query(&PRUNE_VANISHED, &[]).await?;
+        tx.commit().await?;
+        let pruned = rows.first().map_or(Ok(0), |row| row.try_get(0));
+        pruned.map_err(|error| StoreError::unreadable(PRUNE_VANISHED.name, error))
     }
 }

@@ -23,6 +23,8 @@ mod pipeline;
 mod process;
 mod qstash;
 mod readme;
+mod realtime;
+mod retention;
 mod schema;
 mod scoring;
 mod statements;
