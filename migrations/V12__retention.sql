@@ -228,17 +228,21 @@ BEGIN
             || coalesce(' WITH CHECK (' || item.check_expr || ')', '');
     END LOOP;
 
+    -- One command for all columns of a privilege: a table has dozens.
     FOR item IN
-        SELECT * FROM opsmantik.grants_of(leaf) EXCEPT SELECT * FROM opsmantik.grants_of(parent)
+        SELECT g.privilege, g.grantee, coalesce(' (' || string_agg(quote_ident(g.col), ', ') || ')', '') AS cols
+        FROM (SELECT * FROM opsmantik.grants_of(leaf) EXCEPT SELECT * FROM opsmantik.grants_of(parent)) AS g
+        GROUP BY g.privilege, g.grantee, g.col IS NULL
     LOOP
-        EXECUTE format('REVOKE %s%s ON %s FROM %s CASCADE',
-                       item.privilege, coalesce(' (' || quote_ident(item.col) || ')', ''), leaf, item.grantee);
+        EXECUTE format('REVOKE %s%s ON %s FROM %s CASCADE', item.privilege, item.cols, leaf, item.grantee);
     END LOOP;
     FOR item IN
-        SELECT * FROM opsmantik.grants_of(parent) EXCEPT SELECT * FROM opsmantik.grants_of(leaf)
+        SELECT g.privilege, g.grantee, g.grantable, coalesce(' (' || string_agg(quote_ident(g.col), ', ') || ')', '') AS cols
+        FROM (SELECT * FROM opsmantik.grants_of(parent) EXCEPT SELECT * FROM opsmantik.grants_of(leaf)) AS g
+        GROUP BY g.privilege, g.grantee, g.grantable, g.col IS NULL
     LOOP
-        EXECUTE format('GRANT %s%s ON %s TO %s%s', item.privilege, coalesce(' (' || quote_ident(item.col) || ')', ''), leaf,
-                       item.grantee, CASE WHEN item.grantable THEN ' WITH GRANT OPTION' ELSE '' END);
+        EXECUTE format('GRANT %s%s ON %s TO %s%s', item.privilege, item.cols, leaf, item.grantee,
+                       CASE WHEN item.grantable THEN ' WITH GRANT OPTION' ELSE '' END);
     END LOOP;
 
     -- A trigger for rows reaches the leaves by itself, one for TRUNCATE does not.
@@ -522,6 +526,9 @@ $$;
 COMMENT ON FUNCTION opsmantik.leaf_states() IS
     'The leaves of all months: attached; `pending`, which a detaching that was interrupted has left; or detached and still there by their '
     'name, with `ours` if they are made like ours. Rows are estimates.';
+
+-- What `leaf_states` tells in its place.
+DROP FUNCTION IF EXISTS opsmantik.months();
 
 REVOKE ALL ON FUNCTION opsmantik.note_truncated(), opsmantik.notes_truncate(regclass), opsmantik.prune_vanished(),
     opsmantik.is_tied(regclass, regclass), opsmantik.tie_leaf(regclass, regclass), opsmantik.check_match(),

@@ -36,7 +36,7 @@ enum Command {
     /// Issue, list, revoke and rotate the API tokens that let machines in by gRPC
     #[command(subcommand)]
     Token(token::Token),
-    /// List and make the monthly partitions
+    /// List, make and drop the monthly partitions
     #[command(subcommand)]
     Partitions(partitions::Partitions),
     /// Look at what was accepted and could not be stored

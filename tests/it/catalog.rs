@@ -160,7 +160,7 @@ const STRAYS: &[(&str, &str)] = &[
         "ALTER FUNCTION opsmantik.caller_id() OWNER TO opsmantik_operator",
         "nobody was told of: opsmantik.caller_id(): plpgsql, stable, definer, owned by opsmantik_operator",
     ),
-    ("DROP FUNCTION opsmantik.months()", "is not so: opsmantik.months()"),
+    ("DROP FUNCTION opsmantik.leaf_states()", "is not so: opsmantik.leaf_states()"),
     (
         "CREATE POLICY stray ON public.calls FOR SELECT USING (true)",
         "nobody was told of: public.calls: policy stray, SELECT to PUBLIC using true",

@@ -21,6 +21,9 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "policy opsmantik_operator, ALL to opsmantik_operator using true check true",
             // What a policy asks is read as the owner.
             "policy table_owner, SELECT to OWNER using true",
+            // Sessions have no key to it that would lock it when their month goes.
+            "TRIGGER sites_kept AFTER DELETE ON public.sites FOR EACH ROW EXECUTE FUNCTION opsmantik.keep_site()",
+            "TRIGGER sites_same AFTER UPDATE OF id ON public.sites FOR EACH ROW WHEN ((old.id <> new.id)) EXECUTE FUNCTION opsmantik.keep_site()",
             SUPABASES_KEY,
         ],
     ),
@@ -52,6 +55,8 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "opsmantik_service may INSERT, SELECT, UPDATE (all but created_month, id, site_id)",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
             "TRIGGER sessions_deleted AFTER DELETE ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('sessions')",
+            "TRIGGER sessions_site AFTER INSERT OR UPDATE OF site_id ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.check_site()",
+            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.sessions FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('sessions')",
             "in publication opsmantik_feed",
             SUPABASES_KEY,
         ],
@@ -68,6 +73,7 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "opsmantik_service may INSERT, SELECT",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
             "TRIGGER events_deleted AFTER DELETE ON public.events FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('events')",
+            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.events FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('events')",
             "in publication opsmantik_feed",
             SUPABASES_KEY,
         ],
@@ -90,6 +96,15 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "TRIGGER calls_reopen AFTER UPDATE OF review ON public.calls FOR EACH ROW WHEN (((old.review <> 'OPEN'::text) \
              AND (new.review = 'OPEN'::text))) EXECUTE FUNCTION opsmantik.reopen_call()",
             "TRIGGER calls_deleted AFTER DELETE ON public.calls FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('calls')",
+            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.calls FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('calls')",
+            // The visit of a match is there when the match is made.
+            "CONSTRAINT TRIGGER calls_session_new AFTER INSERT ON public.calls DEFERRABLE INITIALLY IMMEDIATE FOR EACH ROW \
+             WHEN ((new.matched_session_id IS NOT NULL)) EXECUTE FUNCTION opsmantik.check_match()",
+            "CONSTRAINT TRIGGER calls_session_moved AFTER UPDATE OF site_id, matched_session_id, matched_session_month ON public.calls \
+             DEFERRABLE INITIALLY IMMEDIATE FOR EACH ROW WHEN (((new.matched_session_id IS NOT NULL) AND (((new.site_id IS DISTINCT FROM \
+             old.site_id) OR (new.matched_session_month IS DISTINCT FROM old.matched_session_month)) OR (new.matched_session_id IS DISTINCT \
+             FROM old.matched_session_id)))) EXECUTE FUNCTION opsmantik.check_match()",
+            "in publication supabase_realtime",
             "in publication opsmantik_feed",
             SUPABASES_KEY,
         ],
@@ -145,7 +160,7 @@ pub const TABLES: &[(&str, &[&str])] = &[
 const SUPABASES_KEY: &str = "service_role may DELETE, INSERT, SELECT, UPDATE";
 
 /// What a leaf has and its parent has not.
-pub const LEAVES_ONLY: &[&str] = &[];
+pub const LEAVES_ONLY: &[&str] = &["in publication supabase_realtime"];
 
 /// Each function: what it is, and who besides its owner may call it. All have their search path pinned.
 pub const FUNCTIONS: &[(&str, &str)] = &[
@@ -166,7 +181,12 @@ pub const FUNCTIONS: &[(&str, &str)] = &[
         "opsmantik.missing_months(from_month date, ahead integer)",
         "sql, stable, definer; for opsmantik_operator, opsmantik_service",
     ),
-    ("opsmantik.months()", "sql, stable, definer; for opsmantik_operator, opsmantik_service"),
+    ("opsmantik.leaf_states()", "sql, stable, definer; for opsmantik_operator"),
+    ("opsmantik.is_tied(events_leaf regclass, sessions_leaf regclass)", "sql, stable, invoker; for nobody"),
+    ("opsmantik.tie_leaf(events_leaf regclass, sessions_leaf regclass)", "plpgsql, volatile, definer; for nobody"),
+    ("opsmantik.notes_truncate(rel regclass)", "sql, stable, invoker; for nobody"),
+    ("opsmantik.unpublished()", "sql, stable, definer; for nobody"),
+    ("opsmantik.publish_leaves()", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.leaves()", "sql, stable, invoker, DateStyle=ISO, YMD; for nobody"),
     ("opsmantik.policies_of(rel regclass)", "sql, stable, invoker; for nobody"),
     ("opsmantik.grants_of(rel regclass)", "sql, stable, invoker; for nobody"),
@@ -174,8 +194,14 @@ pub const FUNCTIONS: &[(&str, &str)] = &[
     // Triggers.
     ("opsmantik.touch_call()", "plpgsql, volatile, invoker; for nobody"),
     ("opsmantik.reopen_call()", "plpgsql, volatile, definer; for nobody"),
+    ("opsmantik.check_site()", "plpgsql, volatile, invoker; for nobody"),
+    ("opsmantik.keep_site()", "plpgsql, volatile, invoker; for nobody"),
+    ("opsmantik.check_match()", "plpgsql, volatile, invoker, plan_cache_mode=force_custom_plan; for nobody"),
+    // What a log that is gone cannot tell.
     ("opsmantik.note_deleted()", "plpgsql, volatile, definer; for nobody"),
+    ("opsmantik.note_truncated()", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.note_vanished(tab text, month date, site_id uuid, cause text)", "sql, volatile, definer; for nobody"),
+    ("opsmantik.prune_vanished()", "sql, volatile, definer; for opsmantik_service"),
 ];
 
 /// Schemas, publications, roles; event triggers and types, if there were any.
@@ -184,6 +210,7 @@ pub const ALSO: &[&str] = &[
     "schema opsmantik: opsmantik_operator may USAGE",
     "schema public: PUBLIC may USAGE",
     "publication opsmantik_feed: insert update delete truncate, by the root",
+    "publication supabase_realtime: insert update delete truncate, by the leaf",
     "role anon:",
     "role authenticated:",
     "role service_role: BYPASSRLS",
@@ -207,7 +234,6 @@ pub const ON_SUPABASE: &[&str] = &[
     "schema public: authenticated may USAGE",
     "schema public: service_role may USAGE",
     "default privileges everywhere on functions that OWNER makes: PUBLIC may EXECUTE",
-    "publication supabase_realtime: insert update delete truncate, by the leaf",
 ];
 
 /// What a table that is made carelessly there gets at once.
