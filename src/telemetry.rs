@@ -54,6 +54,9 @@ pub const CALL_PUSHES_TOTAL: &str = "opsmantik_call_pushes_total";
 /// Calls that were matched again because something late came in.
 pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";
 
+/// Rows that watchers are not shown because no message can hold them, by table.
+pub const WATCH_ROWS_NOT_SHOWN_TOTAL: &str = "opsmantik_watch_rows_not_shown_total";
+
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
