@@ -48,7 +48,7 @@ const SITE_EVERY: u32 = 2;
 /// So many questions in a row may stay without an answer.
 const UNCHECKED: u32 = 3;
 /// The log is not waited for any longer. Shorter than a call's bound.
-const SUBSCRIBE: Duration = Duration::from_secs(10);
+const SUBSCRIBE: Duration = Duration::from_secs(12);
 /// When to come back after a watch has ended for no fault of the client's.
 const RETRY: Duration = Duration::from_secs(1);
 /// `reason` and `domain` of the `google.rpc.ErrorInfo` for a client that was cut off.
