@@ -14,6 +14,7 @@ mod cluster;
 mod grpc;
 mod http;
 mod import;
+mod log;
 mod manners;
 mod merge;
 mod odd_event;
