@@ -29,4 +29,5 @@ mod stream;
 mod support;
 mod telephony;
 mod tls;
+mod watch;
 mod worker;
