@@ -38,6 +38,14 @@ BEGIN
 END
 $$;
 
+-- A row whose key changes within its month is gone where it was. (Moved to another month it is deleted there.)
+CREATE OR REPLACE TRIGGER sessions_moved AFTER UPDATE OF site_id, id ON public.sessions
+    FOR EACH ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.note_deleted('sessions');
+CREATE OR REPLACE TRIGGER events_moved AFTER UPDATE OF site_id, id ON public.events
+    FOR EACH ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.note_deleted('events');
+CREATE OR REPLACE TRIGGER calls_moved AFTER UPDATE OF site_id, id ON public.calls
+    FOR EACH ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.note_deleted('calls');
+
 CREATE OR REPLACE FUNCTION opsmantik.note_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp

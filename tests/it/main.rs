@@ -33,4 +33,5 @@ mod support;
 mod telephony;
 mod tls;
 mod walls;
+mod watch;
 mod worker;

@@ -55,6 +55,8 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "opsmantik_service may INSERT, SELECT, UPDATE (all but created_month, id, site_id)",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
             "TRIGGER sessions_deleted AFTER DELETE ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('sessions')",
+            "TRIGGER sessions_moved AFTER UPDATE OF site_id, id ON public.sessions FOR EACH ROW WHEN (((old.site_id <> new.site_id) OR (old.id <> new.id))) \
+             EXECUTE FUNCTION opsmantik.note_deleted('sessions')",
             "TRIGGER sessions_site AFTER INSERT OR UPDATE OF site_id ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.check_site()",
             "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.sessions FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('sessions')",
             "in publication opsmantik_feed",
@@ -73,6 +75,8 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "opsmantik_service may INSERT, SELECT",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
             "TRIGGER events_deleted AFTER DELETE ON public.events FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('events')",
+            "TRIGGER events_moved AFTER UPDATE OF site_id, id ON public.events FOR EACH ROW WHEN (((old.site_id <> new.site_id) OR (old.id <> new.id))) \
+             EXECUTE FUNCTION opsmantik.note_deleted('events')",
             "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.events FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('events')",
             "in publication opsmantik_feed",
             SUPABASES_KEY,
@@ -96,6 +100,8 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "TRIGGER calls_reopen AFTER UPDATE OF review ON public.calls FOR EACH ROW WHEN (((old.review <> 'OPEN'::text) \
              AND (new.review = 'OPEN'::text))) EXECUTE FUNCTION opsmantik.reopen_call()",
             "TRIGGER calls_deleted AFTER DELETE ON public.calls FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('calls')",
+            "TRIGGER calls_moved AFTER UPDATE OF site_id, id ON public.calls FOR EACH ROW WHEN (((old.site_id <> new.site_id) OR (old.id <> new.id))) \
+             EXECUTE FUNCTION opsmantik.note_deleted('calls')",
             "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.calls FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('calls')",
             // The visit of a match is there when the match is made.
             "CONSTRAINT TRIGGER calls_session_new AFTER INSERT ON public.calls DEFERRABLE INITIALLY IMMEDIATE FOR EACH ROW \
