@@ -22,7 +22,7 @@ use crate::support::database::database;
 use crate::support::process::Server;
 
 mod commands;
-mod people;
+pub mod people;
 mod wall;
 
 /// What a revoked token may still be good for, at the longest.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use opsmantik::access::Gate;
+use opsmantik::access::{Gate, UserTokens};
 use opsmantik::calls::Calls;
 use opsmantik::directory::Directory;
 use opsmantik::domain::access::Scope;
@@ -28,8 +28,11 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt;
 
+use crate::access::people;
 use crate::support::database::{Database, database};
 use crate::support::line::Bearer;
+
+mod gone;
 
 /// Nothing that is waited for takes longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -47,11 +50,12 @@ impl Door {
     async fn open(database: &Database, options: FeedOptions) -> Self {
         let stop = CancellationToken::new();
         let store = Store::new(&database.url, 8).await.expect("a URL");
+        let users = UserTokens { secret: Some(people::SECRET.parse().expect("a secret")), ..UserTokens::default() };
         let state = GrpcState {
             feed: Feed::new(store.clone(), &database.url, None, options, &stop).expect("a URL"),
             pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
             directory: Directory::new(store.clone()),
-            gate: Gate::new(store.clone()),
+            gate: Gate::new(store.clone()).with_users(&users).expect("a secret is enough"),
             calls: Calls::new(store.clone()),
             caller_key: None,
             store: store.clone(),
