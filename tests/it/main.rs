@@ -11,6 +11,7 @@ mod calls;
 mod cli;
 mod clients;
 mod cluster;
+mod feed;
 mod grpc;
 mod http;
 mod import;
