@@ -32,6 +32,10 @@ pub struct Settings {
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "DATABASE_URL")]
     pub database_url: Option<Secret>,
 
+    /// The same database for the change feed behind Watch, without a pooler between; its role needs REPLICATION. DATABASE_URL if unset
+    #[arg(long, env = "FEED_DATABASE_URL", hide_env_values = true, value_name = "FEED_DATABASE_URL")]
+    pub feed_database_url: Option<Secret>,
+
     /// Public listener: /api/sync, /api/sync/worker, /tracker.js
     #[arg(long, env = "HTTP_ADDR", value_name = "HTTP_ADDR", default_value = "127.0.0.1:8080")]
     pub http_addr: SocketAddr,
@@ -246,6 +250,11 @@ impl Settings {
         let missing =
             ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
         revealed(self.database_url.as_ref()).ok_or(missing)
+    }
+
+    /// Where the change feed reads, if it is another address. `dev` has its own database.
+    pub fn feed_database_url(&self, mode: Mode) -> Option<&str> {
+        revealed(self.feed_database_url.as_ref()).filter(|_| mode == Mode::Serve)
     }
 
     /// What callers' numbers are hashed with; none if none is set.

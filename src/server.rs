@@ -1,6 +1,6 @@
 //! The running server: wires the pieces together and takes them apart again in the right order.
 //!
-//! On stop the doors close first and finish what they took, then the pipeline writes what is waiting, then the keeper and the health task end. Whatever
+//! On stop the doors close first and finish what they took, the change feed's connection with them, then the pipeline writes what is waiting, then the keeper and the health task end. Whatever
 //! was answered as stored is committed by then.
 
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::Context;
-use axum::Router;
+use axum::{Extension, Router};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -18,7 +18,7 @@ use crate::access::Gate;
 use crate::calls::{self, Calls};
 use crate::config::{Mode, Settings};
 use crate::directory::Directory;
-use crate::feed::Feed;
+use crate::feed::{Feed, FeedOptions};
 use crate::grpc::{self, Certificates, GrpcState, Health};
 use crate::http::admin::{AdminState, admin_router};
 use crate::http::client_address::TrustedProxies;
@@ -64,6 +64,7 @@ pub struct Server {
     pub admin_addr: SocketAddr,
     certificates: Option<Certificates>,
     pipeline: Pipeline,
+    feed: Feed,
     doors: Vec<JoinHandle<()>>,
     tasks: Vec<JoinHandle<()>>,
     close_doors: CancellationToken,
@@ -108,7 +109,9 @@ impl Server {
             body_room: BodyRoom::new(http::BODY_ROOM),
         })
         .merge(beside);
-        let admin = admin_router(AdminState { store: store.clone() });
+        let feed_url = settings.feed_database_url(mode);
+        let feed = Feed::new(store.clone(), database_url, feed_url, FeedOptions::default(), &close_doors)?;
+        let admin = admin_router(AdminState { store: store.clone() }).layer(Extension(feed.clone()));
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
         if settings.caller_key()?.is_none() {
@@ -121,7 +124,7 @@ impl Server {
             store: store.clone(),
             calls: Calls::new(store.clone()),
             caller_key: settings.caller_key()?,
-            feed: Feed::unfit("this server has no change feed yet"),
+            feed: feed.clone(),
             gate,
             stop: close_doors.clone(),
         };
@@ -140,9 +143,21 @@ impl Server {
             tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())),
             tokio::spawn(calls::sweep(store, end_tasks.clone())),
             tokio::spawn(telemetry::fold_samples(end_tasks.clone())),
+            tokio::spawn(warn_of_feed(feed.clone())),
         ];
         tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");
-        Ok(Self { http_addr, grpc_addr, admin_addr, certificates, pipeline, doors, tasks, close_doors, end_tasks })
+        Ok(Self {
+            http_addr,
+            grpc_addr,
+            admin_addr,
+            certificates,
+            pipeline,
+            feed,
+            doors,
+            tasks,
+            close_doors,
+            end_tasks,
+        })
     }
 
     /// Reads again what can change while the server runs: the certificates of the gRPC listener.
@@ -159,12 +174,20 @@ impl Server {
         for door in self.doors {
             log_end(door.await);
         }
+        self.feed.stopped().await;
         self.pipeline.drain().await;
         self.end_tasks.cancel();
         for task in self.tasks {
             log_end(task.await);
         }
         tracing::info!("stopped; everything that was taken is stored");
+    }
+}
+
+/// Says once what is in the way of Watch. The rest of the server does without.
+async fn warn_of_feed(feed: Feed) {
+    if let Some(why) = feed.obstacle().await {
+        tracing::warn!("Watch cannot be served: {why}");
     }
 }
 

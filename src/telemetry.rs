@@ -54,6 +54,21 @@ pub const CALL_PUSHES_TOTAL: &str = "opsmantik_call_pushes_total";
 /// Calls that were matched again because something late came in.
 pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";
 
+/// Whether the change feed reads the database's log: 1 or 0.
+pub const FEED_RUNNING: &str = "opsmantik_feed_running";
+/// Who listens to it.
+pub const FEED_SUBSCRIBERS: &str = "opsmantik_feed_subscribers";
+/// Bytes of changes that it holds.
+pub const FEED_LOG_BYTES: &str = "opsmantik_feed_log_bytes";
+/// How far the database has written its log beyond what the feed has read.
+pub const FEED_LAG_BYTES: &str = "opsmantik_feed_lag_bytes";
+/// Changes that it read, by table.
+pub const FEED_CHANGES_TOTAL: &str = "opsmantik_feed_changes_total";
+/// Subscribers that were cut off because they read too slowly.
+pub const FEED_CUT_OFF_TOTAL: &str = "opsmantik_feed_cut_off_total";
+/// Times that it began again after its connection broke.
+pub const FEED_RESTARTS_TOTAL: &str = "opsmantik_feed_restarts_total";
+
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));

@@ -7,13 +7,34 @@
 //! A subscription tells changes in the order of their commits. What was there before is the subscriber's to read from the tables, and
 //! [`Subscription::covers`] says whether what a query saw and what the log tells from here on leave no gap.
 
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
+use tokio::sync::Mutex;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
 
-use crate::domain::change::{Change, Lineage, Place, Position, Snapshot, Table};
+mod decode;
+mod fitness;
+mod link;
+mod log;
+mod reader;
+mod source;
+mod subscription;
+mod told;
+
+use crate::domain::change::{Change, Place, Position, Table};
 use crate::domain::id::SiteId;
+use crate::store::Store;
 use crate::store::columns::Tuple;
+use crate::store::pool::Manager;
+use crate::telemetry;
+use reader::{Entered, Shared};
+use source::Places;
+pub use subscription::Subscription;
 
 /// One change, or the news that the tables have to be read anew.
 #[derive(Debug)]
@@ -68,71 +89,201 @@ pub enum Step {
     Moved,
 }
 
-/// The feed of a server. Clones share it.
+/// How a feed is bounded. Tests have their own bounds.
 #[derive(Debug, Clone)]
+pub struct FeedOptions {
+    /// Bytes that the log holds before it forgets its oldest.
+    pub log_bytes: usize,
+    /// How long it goes on when nobody listens any more.
+    pub linger: Duration,
+    /// As many may listen.
+    pub subscribers: usize,
+    /// No start takes longer.
+    pub start_limit: Duration,
+    /// After a start that failed, the next is tried no sooner.
+    pub back_off: Duration,
+}
+
+impl Default for FeedOptions {
+    fn default() -> Self {
+        Self {
+            log_bytes: 64 << 20,
+            linger: Duration::from_mins(5),
+            subscribers: 1000,
+            start_limit: Duration::from_secs(10),
+            back_off: Duration::from_secs(2),
+        }
+    }
+}
+
+/// An answer to whether the feed could run is good for this long.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// A look that takes longer says nothing.
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
+
+/// The feed of a server. Clones share it.
+#[derive(Clone)]
 pub struct Feed {
-    unfit: Arc<str>,
+    inner: Arc<Inner>,
+}
+
+enum Inner {
+    Unfit(String),
+    Fit(Box<Engine>),
+}
+
+struct Engine {
+    places: Places,
+    options: FeedOptions,
+    /// Held while the feed begins, so that it begins once.
+    running: Mutex<Running>,
+    looked: Mutex<Option<(Instant, Option<String>)>>,
+    stop: CancellationToken,
+    /// A feed whose last handle is gone ends.
+    _end: DropGuard,
+    tasks: TaskTracker,
+    broke: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct Running {
+    shared: Option<Arc<Shared>>,
+    failed: Option<(Instant, FeedError)>,
+}
+
+impl fmt::Debug for Feed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Feed").finish_non_exhaustive()
+    }
 }
 
 impl Feed {
     /// A feed that nobody can watch, and why.
     pub fn unfit(why: &str) -> Self {
-        Self { unfit: why.into() }
+        Self { inner: Arc::new(Inner::Unfit(why.to_owned())) }
+    }
+
+    /// A feed of the store's database. `direct` is where its log is read: the same database, without a pooler between. It begins when
+    /// somebody subscribes, and ends with `stop`.
+    pub fn new(
+        store: Store,
+        database_url: &str,
+        direct: Option<&str>,
+        options: FeedOptions,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<Self> {
+        let to = match direct {
+            Some(url) => Manager::named("FEED_DATABASE_URL", url)?,
+            None => Manager::new(database_url)?,
+        };
+        let stop = stop.child_token();
+        let engine = Engine {
+            places: Places { store, direct: to, same: direct.is_none_or(|url| url == database_url) },
+            options,
+            running: Mutex::default(),
+            looked: Mutex::default(),
+            _end: stop.clone().drop_guard(),
+            stop,
+            tasks: TaskTracker::new(),
+            broke: Arc::default(),
+        };
+        Ok(Self { inner: Arc::new(Inner::Fit(Box::new(engine))) })
     }
 
     /// From the place on that the log has reached. Begins to read the log if nobody did, and returns when that stands.
-    #[allow(clippy::unused_async)]
     pub async fn subscribe(&self, table: Table, site: SiteId) -> Result<Subscription, FeedError> {
-        let _ = (table, site);
-        Err(FeedError::Unfit(self.unfit.to_string()))
+        match &*self.inner {
+            Inner::Unfit(why) => Err(FeedError::Unfit(why.clone())),
+            Inner::Fit(engine) => engine.subscribe(table, site).await,
+        }
+    }
+
+    /// What is in the way of a feed and its cure, as far as one can tell without beginning to read; none if nothing is, or if the database
+    /// does not answer. Cheap enough to be asked often.
+    pub async fn obstacle(&self) -> Option<String> {
+        match &*self.inner {
+            Inner::Unfit(why) => Some(why.clone()),
+            Inner::Fit(engine) => engine.obstacle().await,
+        }
+    }
+
+    /// Resolves when nothing of the feed runs any more, after it was told to stop.
+    pub async fn stopped(&self) {
+        if let Inner::Fit(engine) = &*self.inner {
+            engine.stop.cancelled().await;
+            // Nobody begins anew from here on, and who was about to has ended.
+            drop(engine.running.lock().await);
+            engine.tasks.close();
+            engine.tasks.wait().await;
+        }
     }
 }
 
-/// A place in the log, and what comes after it of one table and one site.
-#[derive(Debug)]
-pub struct Subscription {
-    never: std::convert::Infallible,
-}
-
-impl Subscription {
-    /// The history that positions and transaction ids of this log belong to.
-    pub fn lineage(&self) -> Lineage {
-        match self.never {}
+impl Engine {
+    async fn subscribe(&self, table: Table, site: SiteId) -> Result<Subscription, FeedError> {
+        let mut running = self.running.lock().await;
+        if self.stop.is_cancelled() {
+            return Err(FeedError::Away);
+        }
+        if let Some(shared) = &running.shared {
+            match shared.enter(table, site, self.options.subscribers) {
+                Entered::In(subscription) => return Ok(subscription),
+                Entered::Full => return Err(FeedError::Full),
+                Entered::Over => running.shared = None,
+            }
+        }
+        if let Some((_, error)) = running.failed.as_ref().filter(|(at, _)| at.elapsed() < self.options.back_off) {
+            return Err(error.clone());
+        }
+        let started = tokio::select! {
+            () = self.stop.cancelled() => return Err(FeedError::Away),
+            started = tokio::time::timeout(self.options.start_limit, self.places.start()) => started,
+        };
+        let source = started.unwrap_or_else(|_| {
+            let seconds = self.options.start_limit.as_secs();
+            tracing::warn!(
+                "the change feed cannot begin within {seconds} s: a long transaction that writes holds it up"
+            );
+            Err(FeedError::Away)
+        });
+        let source = source.inspect_err(|error| running.failed = Some((Instant::now(), error.clone())))?;
+        running.failed = None;
+        if self.broke.swap(false, Ordering::Relaxed) {
+            metrics::counter!(telemetry::FEED_RESTARTS_TOTAL).increment(1);
+        }
+        tracing::info!("the change feed begins");
+        let (shared, task) = reader::run(source, self.places.clone(), &self.options, self.stop.clone());
+        let broke = self.broke.clone();
+        self.tasks.spawn(async move { broke.fetch_or(task.await, Ordering::Relaxed) });
+        running.shared = Some(shared.clone());
+        match shared.enter(table, site, self.options.subscribers) {
+            Entered::In(subscription) => Ok(subscription),
+            Entered::Full => Err(FeedError::Full),
+            Entered::Over => Err(FeedError::Away),
+        }
     }
 
-    /// Where it stands: everything at or before this was told or passed over.
-    pub fn position(&self) -> Position {
-        match self.never {}
-    }
-
-    /// Goes to another place: what comes after it is told next. False, and it stays, when the log no longer holds all of that. A place
-    /// that the log has not reached yet is waited for.
-    pub fn seek(&mut self, after: Position) -> bool {
-        let _ = after;
-        match self.never {}
-    }
-
-    /// A transaction id below which every transaction has ended, with its commit at or before [`Self::position`]: what a query sees of
-    /// transactions below was told, or was there before.
-    pub fn horizon(&self) -> u64 {
-        match self.never {}
-    }
-
-    /// Whether a query with this snapshot saw every transaction whose commit lies at or before [`Self::position`]. If it did not, it came
-    /// a moment too early: PostgreSQL writes a commit to its log before it shows it to queries.
-    pub fn covers(&self, snapshot: &Snapshot) -> bool {
-        let _ = snapshot;
-        match self.never {}
-    }
-
-    /// The next entry if it is there already.
-    pub fn try_next(&mut self) -> Result<Option<Arc<Entry>>, Lost> {
-        match self.never {}
-    }
-
-    /// Waits for the next step. Can be dropped at any time and asked again.
-    #[allow(clippy::unused_async)]
-    pub async fn next(&mut self) -> Result<Step, Lost> {
-        match self.never {}
+    async fn obstacle(&self) -> Option<String> {
+        let mut looked = self.looked.lock().await;
+        if let Some((_, answer)) = looked.as_ref().filter(|(at, _)| at.elapsed() < LOOK_AGAIN) {
+            return answer.clone();
+        }
+        // Who holds it begins just now: then nothing is known to be in the way.
+        let (runs, refused) = match self.running.try_lock() {
+            Err(_) => (true, None),
+            Ok(running) => {
+                let runs = running.shared.as_ref().is_some_and(|shared| !shared.state().over);
+                let refused = running.failed.as_ref().and_then(|(_, error)| match error {
+                    FeedError::Unfit(why) => Some(why.clone()),
+                    _ => None,
+                });
+                (runs, refused)
+            }
+        };
+        // What a query cannot see the last attempt may have met.
+        let seen = tokio::time::timeout(LOOK_LIMIT, self.places.obstacle(runs)).await.ok().flatten();
+        let answer = seen.or(refused);
+        *looked = Some((Instant::now(), answer.clone()));
+        answer
     }
 }

@@ -1,14 +1,15 @@
 //! The operator's listener: `/healthz`, `/readyz`, `/metrics`.
 //!
 //! *Healthy* means the process runs: a supervisor that restarts a healthy server because the database is away helps nobody. *Ready* means that an
-//! event sent now would be stored: the database answers, every leaf is as it must be, and the next months are there.
+//! event sent now would be stored: the database answers, every leaf is as it must be, and the next months are there. What is in the way of the change
+//! feed is a warning beside it, since events can be stored without.
 
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use chrono::Utc;
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
@@ -17,6 +18,7 @@ use tokio::time::timeout;
 
 use super::answer::{Problem, json_response};
 use crate::domain::month::Month;
+use crate::feed::Feed;
 use crate::store::Store;
 use crate::telemetry;
 
@@ -31,7 +33,7 @@ pub struct AdminState {
     pub store: Store,
 }
 
-/// The routes of the operator's listener.
+/// The routes of the operator's listener. With a [`Feed`] as an extension, `/readyz` warns of what is in its way.
 pub fn admin_router(state: AdminState) -> Router {
     Router::new()
         .route("/healthz", get(async || json_response(StatusCode::OK, &json!({"ok": true}))))
@@ -43,12 +45,22 @@ pub fn admin_router(state: AdminState) -> Router {
         .with_state(state)
 }
 
-async fn readyz(State(state): State<AdminState>) -> Response {
+async fn readyz(State(state): State<AdminState>, feed: Option<Extension<Feed>>) -> Response {
     let reasons = reasons(&state.store).await;
-    if reasons.is_empty() {
-        return json_response(StatusCode::OK, &json!({"ready": true}));
+    if !reasons.is_empty() {
+        return json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"ready": false, "reasons": reasons}));
     }
-    json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"ready": false, "reasons": reasons}))
+    let obstacle = match feed {
+        Some(Extension(feed)) => feed.obstacle().await,
+        None => None,
+    };
+    match obstacle {
+        None => json_response(StatusCode::OK, &json!({"ready": true})),
+        Some(why) => {
+            let warning = format!("feed: Watch cannot be served: {why}");
+            json_response(StatusCode::OK, &json!({"ready": true, "warnings": [warning]}))
+        }
+    }
 }
 
 async fn reasons(store: &Store) -> Vec<String> {

@@ -12,6 +12,7 @@ pub mod columns;
 pub mod dead_letters;
 pub mod error;
 pub mod events;
+pub mod feed;
 pub mod locks;
 pub mod migrate;
 pub mod partitions;

@@ -64,27 +64,42 @@ pub struct Manager {
 /// The connection string cannot be used. It never repeats the string: there is a password in it.
 #[derive(Debug, thiserror::Error)]
 pub enum UrlError {
-    #[error("DATABASE_URL is not a PostgreSQL connection string: {0}")]
-    Syntax(tokio_postgres::Error),
-    #[error("DATABASE_URL: {0}")]
-    Tls(String),
+    #[error("{0} is not a PostgreSQL connection string: {1}")]
+    Syntax(&'static str, tokio_postgres::Error),
+    #[error("{0}: {1}")]
+    Tls(&'static str, String),
 }
 
 impl Manager {
     /// `sslmode` is one of `disable`, `prefer` (as libpq: the server decides, the certificate is not asked for), `require` (as `prefer`, but
     /// never in the clear), `verify-ca` and `verify-full` (both verify chain and name), with the system's or `SSL_CERT_FILE`'s roots.
     pub fn new(url: &str) -> Result<Self, UrlError> {
+        Self::named("DATABASE_URL", url)
+    }
+
+    /// The same for another setting than `DATABASE_URL`, which a complaint names.
+    pub fn named(setting: &'static str, url: &str) -> Result<Self, UrlError> {
         let (url, verify) = take_verify(url);
-        let mut config = Config::from_str(&url).map_err(UrlError::Syntax)?;
+        let mut config = Config::from_str(&url).map_err(|error| UrlError::Syntax(setting, error))?;
         config.application_name(config.get_application_name().map_or_else(|| "opsmantik".to_owned(), str::to_owned));
         config.connect_timeout(Duration::from_secs(3));
         config.keepalives_idle(Duration::from_secs(30));
         config.tcp_user_timeout(Duration::from_secs(10));
         let tls = match config.get_ssl_mode() {
             SslMode::Disable => None,
-            _ => Some(MakeRustlsConnect::new(client_tls(verify)?)),
+            _ => Some(MakeRustlsConnect::new(client_tls(verify).map_err(|why| UrlError::Tls(setting, why))?)),
         };
         Ok(Self { config, refused: Arc::default(), tls })
+    }
+
+    /// Where and as whom to connect. There is a password in it.
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What `sslmode` asks for; none in the clear.
+    pub(crate) fn tls(&self) -> Option<&MakeRustlsConnect> {
+        self.tls.as_ref()
     }
 
     /// Resolves when the next attempt to open a connection fails.
@@ -159,16 +174,16 @@ fn take_verify(url: &str) -> (String, bool) {
     (url.to_owned(), false)
 }
 
-fn client_tls(verify: bool) -> Result<rustls::ClientConfig, UrlError> {
+fn client_tls(verify: bool) -> Result<rustls::ClientConfig, String> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
-        .map_err(|error| UrlError::Tls(error.to_string()))?;
+        .map_err(|error| error.to_string())?;
     if verify {
         let mut roots = rustls::RootCertStore::empty();
         let (added, _ignored) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         if added == 0 {
-            return Err(UrlError::Tls("sslmode asks for verification, but no root certificate was found".to_owned()));
+            return Err("sslmode asks for verification, but no root certificate was found".to_owned());
         }
         Ok(builder.with_root_certificates(roots).with_no_client_auth())
     } else {

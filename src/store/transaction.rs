@@ -100,6 +100,25 @@ impl<'a> Transaction<'a> {
         Ok(transaction)
     }
 
+    /// Opens one that sees what a replication slot's exported snapshot saw. `snapshot` is PostgreSQL's name for it.
+    pub(super) async fn begin_at(
+        connection: bb8::PooledConnection<'a, super::pool::Manager>,
+        snapshot: &str,
+    ) -> Result<Self, StoreError> {
+        const OPERATION: &str = "begin at a snapshot";
+        if snapshot.is_empty() || !snapshot.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-') {
+            return Err(StoreError::unreadable(OPERATION, "that is no name of a snapshot"));
+        }
+        connection.set_in_transaction(true);
+        let transaction = Self { connection, busy: AtomicBool::new(false) };
+        let opening = format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '{snapshot}'; \
+             SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'"
+        );
+        transaction.simple(OPERATION, &opening).await?;
+        Ok(transaction)
+    }
+
     fn connection(&self) -> &Connection {
         &self.connection
     }
