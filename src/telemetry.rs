@@ -54,6 +54,8 @@ pub const CALL_PUSHES_TOTAL: &str = "opsmantik_call_pushes_total";
 /// Calls that were matched again because something late came in.
 pub const CALLS_REMATCHED_TOTAL: &str = "opsmantik_calls_rematched_total";
 
+/// Rows that watchers are not shown because no message can hold them, by table.
+pub const WATCH_ROWS_NOT_SHOWN_TOTAL: &str = "opsmantik_watch_rows_not_shown_total";
 /// Whether the change feed reads the database's log: 1 or 0.
 pub const FEED_RUNNING: &str = "opsmantik_feed_running";
 /// Who listens to it.

@@ -25,6 +25,14 @@ impl Table {
             Self::Calls => "calls",
         }
     }
+
+    /// Whether it is partitioned by month.
+    pub fn has_months(self) -> bool {
+        match self {
+            Self::Events | Self::Sessions => true,
+            Self::Calls => false,
+        }
+    }
 }
 
 /// A place in the log: after everything at or before it. The first number is PostgreSQL's LSN of the commit, the second counts the

@@ -33,6 +33,7 @@ pub mod rematch;
 pub mod session;
 pub mod signal;
 pub mod site;
+pub mod stored;
 pub mod telephone;
 pub mod text;
 pub mod traffic;

@@ -20,6 +20,7 @@ use crate::domain::id::EventId;
 use crate::domain::outcome::Receipt;
 use crate::domain::refusal::{Refusal, RefusalReason};
 use crate::domain::signal::{Signal, SignalSet};
+use crate::domain::stored;
 
 /// Largest event, encoded.
 const MAX_EVENT: usize = 64 << 10;
@@ -289,6 +290,48 @@ pub(super) fn score(signals: SignalSet) -> proto::Score {
     let value = signals.score().get().into();
     let sum: u32 = breakdown.iter().map(|line| line.points).sum();
     proto::Score { value, capped: sum > value, breakdown }
+}
+
+/// An event as it is stored.
+pub(super) fn stored_event(event: &stored::Event) -> proto::StoredEvent {
+    proto::StoredEvent {
+        id: event.id.to_string(),
+        session: Some(session::key(event.session)),
+        created_at: Some(session::timestamp(event.created_at)),
+        url: event.url.clone(),
+        category: event.category.clone(),
+        action: event.action.clone(),
+        label: event.label.clone(),
+        value: event.value,
+        // That one is a session's, whatever a hand has written.
+        score: Some(score(event.signals.without(Signal::ReturningAdsAssisted))),
+        metadata: Some(match &event.metadata {
+            Value::Object(fields) => wire_object(fields, 0),
+            _ => prost_types::Struct::default(),
+        }),
+        received_at: Some(session::timestamp(event.received_at)),
+    }
+}
+
+fn wire_object(fields: &Map<String, Value>, depth: usize) -> prost_types::Struct {
+    let fields = fields.iter().map(|(key, value)| (key.clone(), wire_value(value, depth + 1)));
+    prost_types::Struct { fields: fields.collect() }
+}
+
+/// A value on its way out. What lies deeper than any value that comes in here could not be decoded again, and is null.
+fn wire_value(value: &Value, depth: usize) -> prost_types::Value {
+    let kind = match value {
+        Value::Bool(flag) => Kind::BoolValue(*flag),
+        Value::Number(number) => number.as_f64().map_or(Kind::NullValue(0), Kind::NumberValue),
+        Value::String(text) => Kind::StringValue(text.clone()),
+        Value::Array(items) if depth <= MAX_DEPTH => {
+            let values = items.iter().map(|item| wire_value(item, depth + 1)).collect();
+            Kind::ListValue(prost_types::ListValue { values })
+        }
+        Value::Object(fields) if depth <= MAX_DEPTH => Kind::StructValue(wire_object(fields, depth)),
+        Value::Null | Value::Array(_) | Value::Object(_) => Kind::NullValue(0),
+    };
+    prost_types::Value { kind: Some(kind) }
 }
 
 /// Where an event came to rest.

@@ -43,6 +43,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod watch;
 
 pub use health::Health;
 pub use listen::{ExposedAddress, Listener, Protection, check_address};

@@ -1,4 +1,4 @@
-//! `ScoringService`: what signals and sessions are worth, and why. `WatchSessions` is not served by this version.
+//! `ScoringService`: what signals and sessions are worth, and why.
 //!
 //! `ScoreSignals` is pure. What reads a site does so in one transaction under the policies of its caller, so that the parts of an answer
 //! agree, and by partition key: a session cannot be asked for without its month.
@@ -9,10 +9,9 @@ use super::proto::scoring_service_server::ScoringService;
 use super::proto::{
     GetSessionScoreRequest, GetSessionScoreResponse, ListTopSessionsRequest, ListTopSessionsResponse, Rejection,
     RejectionReason, ScoreSignalsRequest, ScoreSignalsResponse, SessionKey as WireKey, WatchSessionsRequest,
-    WatchSessionsResponse,
 };
-use super::status::{bad_request, unavailable, unimplemented};
-use super::{GrpcState, access, convert, page, session};
+use super::status::{bad_request, unavailable};
+use super::{GrpcState, access, convert, page, session, watch};
 use crate::domain::id::{SessionId, SessionKey};
 use crate::domain::month::Month;
 use crate::domain::outcome::Unavailable;
@@ -41,7 +40,7 @@ impl Scoring {
 
 #[tonic::async_trait]
 impl ScoringService for Scoring {
-    type WatchSessionsStream = tokio_stream::Empty<Result<WatchSessionsResponse, Status>>;
+    type WatchSessionsStream = watch::Answers<watch::Sessions>;
 
     async fn score_signals(
         &self,
@@ -97,9 +96,9 @@ impl ScoringService for Scoring {
 
     async fn watch_sessions(
         &self,
-        _: Request<WatchSessionsRequest>,
+        request: Request<WatchSessionsRequest>,
     ) -> Result<Response<Self::WatchSessionsStream>, Status> {
-        unimplemented("WatchSessions")
+        watch::begin::<watch::Sessions, _>(&self.state, request).await
     }
 }
 
@@ -157,7 +156,7 @@ fn missing(field: &'static str, what: &str) -> Rejection {
 }
 
 /// A month as the contract writes it, and in no other way.
-fn month(field: &'static str, text: &str) -> Result<Month, Rejection> {
+pub(super) fn month(field: &'static str, text: &str) -> Result<Month, Rejection> {
     if text.is_empty() {
         return Err(missing(field, "the first day of the month, as YYYY-MM-01"));
     }

@@ -83,10 +83,3 @@ pub(super) fn unavailable(why: Unavailable) -> Status {
     };
     Status::with_error_details(Code::Unavailable, message, ErrorDetails::with_retry_info(Some(why.retry_after())))
 }
-
-/// UNIMPLEMENTED: the contract has the RPC, this version does not serve it.
-pub(super) fn unimplemented<T>(rpc: &str) -> Result<T, Status> {
-    Err(Status::unimplemented(format!(
-        "`{rpc}` is part of the contract, but this version of the server does not serve it"
-    )))
-}

@@ -9,6 +9,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
+use super::columns::{Columns, Decimal, Unreadable};
 use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
@@ -21,11 +22,11 @@ use crate::domain::month::Month;
 use crate::domain::recorded::{Call, Found, Review, Sale};
 use crate::domain::signal::SignalSet;
 
-const COLUMNS: &str = "c.id, c.site_id, c.provider, c.provider_call_id, c.channel, c.direction, c.dialled_number, c.caller_hmac, \
+pub(super) const COLUMNS: &str = "c.id, c.site_id, c.provider, c.provider_call_id, c.channel, c.direction, c.dialled_number, c.caller_hmac, \
      c.caller_last_digits, c.started_at, c.duration_sec, c.status, c.recording_ref, c.fingerprint, c.click_id_kind, c.click_id, \
      c.match_method, c.match_confidence, c.match_candidates, c.match_evidence, c.matched_fingerprint, c.matched_session_id, \
      c.matched_session_month, c.matched_at, c.lead_score_at_match, c.score_breakdown_at_match, c.review, \
-     c.sale_amount::text AS sale_amount, c.sale_currency::text AS sale_currency, c.reviewed_at, c.reviewed_by, c.created_at, c.updated_at";
+     c.sale_amount, c.sale_currency, c.reviewed_at, c.reviewed_by, c.created_at, c.updated_at";
 
 crate::statement!(
     LOCK_CALLS_BY_KEY,
@@ -123,67 +124,67 @@ crate::statement!(
     )
 );
 
-type Unreadable = Box<dyn std::error::Error + Send + Sync>;
-
-fn read(row: &Row) -> Result<Call, Unreadable> {
-    let site = SiteId::from_uuid(row.try_get("site_id")?);
-    let text = |column: &str| row.try_get::<_, Option<String>>(column);
-    let caller = match row.try_get::<_, Option<&[u8]>>("caller_hmac")? {
+/// A row as the call it is.
+pub fn read(row: &impl Columns) -> Result<Call, Unreadable> {
+    let site = SiteId::from_uuid(row.column("site_id")?);
+    let text = |column: &str| row.column::<Option<String>>(column);
+    let caller = match row.column::<Option<&[u8]>>("caller_hmac")? {
         Some(hash) => {
             Some(Caller { hash: hash.try_into()?, last_digits: text("caller_last_digits")?.unwrap_or_default() })
         }
         None => None,
     };
-    let duration: Option<i32> = row.try_get("duration_sec")?;
+    let duration: Option<i32> = row.column("duration_sec")?;
     let kind = text("click_id_kind")?.and_then(|kind| ClickIdKind::from_name(&kind));
-    let sale = text("sale_amount")?.zip(text("sale_currency")?).map(|(amount, currency)| Sale { amount, currency });
+    let sale = row.column::<Option<Decimal>>("sale_amount")?.zip(text("sale_currency")?);
+    let sale = sale.map(|(Decimal(amount), currency)| Sale { amount, currency });
     Ok(Call {
-        id: CallId::from_uuid(row.try_get("id")?),
-        key: CallKey::stored(site, row.try_get("provider")?, row.try_get("provider_call_id")?),
+        id: CallId::from_uuid(row.column("id")?),
+        key: CallKey::stored(site, row.column("provider")?, row.column("provider_call_id")?),
         told: Told {
-            channel: Channel::from_name(row.try_get("channel")?).ok_or("unknown channel")?,
-            direction: Direction::from_name(row.try_get("direction")?).ok_or("unknown direction")?,
-            dialled: row.try_get::<_, &str>("dialled_number")?.parse()?,
+            channel: Channel::from_name(row.column("channel")?).ok_or("unknown channel")?,
+            direction: Direction::from_name(row.column("direction")?).ok_or("unknown direction")?,
+            dialled: row.column::<&str>("dialled_number")?.parse()?,
             caller,
-            started_at: row.try_get("started_at")?,
+            started_at: row.column("started_at")?,
             duration_sec: duration.and_then(|seconds| u32::try_from(seconds).ok()),
-            status: row.try_get::<_, Option<&str>>("status")?.and_then(Status::from_name),
+            status: row.column::<Option<&str>>("status")?.and_then(Status::from_name),
             recording: text("recording_ref")?,
             fingerprint: text("fingerprint")?,
             click_id: kind.zip(text("click_id")?).map(|(kind, value)| ClickId { kind, value }),
         },
         found: read_match(row, site)?,
-        matched_at: row.try_get("matched_at")?,
+        matched_at: row.column("matched_at")?,
         review: Review {
-            status: ReviewStatus::from_name(row.try_get("review")?).ok_or("unknown review")?,
+            status: ReviewStatus::from_name(row.column("review")?).ok_or("unknown review")?,
             sale,
             by: text("reviewed_by")?,
-            at: row.try_get("reviewed_at")?,
+            at: row.column("reviewed_at")?,
         },
-        created_at: row.try_get("created_at")?,
-        updated_at: row.try_get("updated_at")?,
+        created_at: row.column("created_at")?,
+        updated_at: row.column("updated_at")?,
     })
 }
 
-fn read_match(row: &Row, site: SiteId) -> Result<Found, Unreadable> {
-    let id: Option<Uuid> = row.try_get("matched_session_id")?;
-    let month: Option<NaiveDate> = row.try_get("matched_session_month")?;
+fn read_match(row: &impl Columns, site: SiteId) -> Result<Found, Unreadable> {
+    let id: Option<Uuid> = row.column("matched_session_id")?;
+    let month: Option<NaiveDate> = row.column("matched_session_month")?;
     let session = id.zip(month).map(|(id, month)| SessionKey {
         site_id: site,
         month: Month::containing(month),
         id: SessionId::from_uuid(id),
     });
     let evidence =
-        row.try_get::<_, Option<Value>>("match_evidence")?.and_then(|value| serde_json::from_value(value).ok());
+        row.column::<Option<Value>>("match_evidence")?.and_then(|value| serde_json::from_value(value).ok());
     let evidence: Noted = evidence.unwrap_or_default();
-    let fingerprint: Option<String> = row.try_get("matched_fingerprint")?;
+    let fingerprint: Option<String> = row.column("matched_fingerprint")?;
     let credited = session.zip(evidence.event_id.zip(evidence.event_at));
-    let candidates: Value = row.try_get("match_candidates")?;
-    let breakdown: Option<Value> = row.try_get("score_breakdown_at_match")?;
+    let candidates: Value = row.column("match_candidates")?;
+    let breakdown: Option<Value> = row.column("score_breakdown_at_match")?;
     Ok(Found {
         decision: Match {
-            method: MatchMethod::from_name(row.try_get("match_method")?).ok_or("unknown method")?,
-            confidence: row.try_get("match_confidence")?,
+            method: MatchMethod::from_name(row.column("match_method")?).ok_or("unknown method")?,
+            confidence: row.column("match_confidence")?,
             credited: credited.map(|(session, (event, at))| Candidate {
                 session,
                 event,

@@ -45,3 +45,90 @@ impl Columns for Tuple {
         T::from_sql_nullable(kind, self.values.get(at).and_then(Option::as_deref))
     }
 }
+
+/// A `numeric` as PostgreSQL prints it, digit for digit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decimal(pub String);
+
+/// Decimal digits of one digit of PostgreSQL's, which counts by ten thousand.
+const DIGITS: usize = 4;
+
+impl<'r> FromSql<'r> for Decimal {
+    fn from_sql(_: &Type, raw: &'r [u8]) -> Result<Self, Unreadable> {
+        let words: Vec<u16> = raw.chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])).collect();
+        let [count, weight, sign, scale, digits @ ..] = words.as_slice() else { return Err("no numeric".into()) };
+        let sign = match *sign {
+            0x0000 => "",
+            0x4000 => "-",
+            _ => return Err("a numeric that is no number".into()),
+        };
+        if usize::from(*count) != digits.len() || raw.len() % 2 != 0 || digits.iter().any(|digit| *digit > 9999) {
+            return Err("no numeric".into());
+        }
+        // The weight says which power of ten thousand the first digit has.
+        let (weight, scale) = (i32::from(weight.cast_signed()), usize::from(*scale));
+        let digit = |power: i32| {
+            let at = usize::try_from(weight - power).ok().and_then(|at| digits.get(at));
+            format!("{:04}", at.copied().unwrap_or_default())
+        };
+        let whole: String = (0..=weight.max(0)).rev().map(digit).collect();
+        let powers = i32::try_from(scale.div_ceil(DIGITS))?;
+        let mut fraction: String = (1..=powers).map(|power| digit(-power)).collect();
+        fraction.truncate(scale);
+        let whole = match whole.trim_start_matches('0') {
+            "" => "0",
+            whole => whole,
+        };
+        let point = if fraction.is_empty() { "" } else { "." };
+        Ok(Self(format!("{sign}{whole}{point}{fraction}")))
+    }
+
+    fn accepts(kind: &Type) -> bool {
+        *kind == Type::NUMERIC
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_numeric_is_read_as_postgresql_prints_it() {
+        let read = |words: &[u16]| {
+            let raw: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+            Decimal::from_sql(&Type::NUMERIC, &raw).map(|decimal| decimal.0).map_err(drop)
+        };
+        let minus = |weight: i16| weight.cast_unsigned();
+        for (words, text) in [
+            (&[0, 0, 0, 0][..], "0"),
+            (&[0, 0, 0, 2], "0.00"),
+            (&[2, 0, 0, 2, 12, 3000], "12.30"),
+            (&[1, 0, 0x4000, 0, 7], "-7"),
+            (&[1, 2, 0, 0, 1], "100000000"),
+            (&[3, 2, 0, 4, 9999, 9999, 9999], "999999999999.0000"),
+            (&[1, minus(-1), 0, 3, 50], "0.005"),
+            (&[1, minus(-2), 0, 8, 5], "0.00000005"),
+            (&[2, 1, 0, 1, 1, 2], "10002.0"),
+        ] {
+            assert_eq!(read(words).as_deref(), Ok(text), "{words:?}");
+        }
+        for odd in [&[0, 0, 0xC000, 0][..], &[2, 0, 0, 0, 1], &[1, 0, 0, 0, 10_000], &[]] {
+            assert_eq!(read(odd), Err(()), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn a_tuple_is_read_by_name_and_type() {
+        let relation = Arc::new(Relation {
+            columns: vec![("n".to_owned(), Type::INT4), ("t".to_owned(), Type::TEXT), ("u".to_owned(), Type::UUID)],
+        });
+        let values = vec![Some(Bytes::from_static(&[0, 0, 0, 7])), None, Some(Bytes::from_static(b"short"))];
+        let tuple = Tuple { relation, values };
+        assert_eq!(tuple.column::<i32>("n").ok(), Some(7));
+        assert_eq!(tuple.column::<Option<String>>("t").ok(), Some(None));
+        assert!(tuple.column::<String>("t").is_err(), "NULL");
+        assert!(tuple.column::<i64>("n").is_err(), "another type");
+        assert!(tuple.column::<uuid::Uuid>("u").is_err(), "damaged");
+        assert!(tuple.column::<i32>("x").is_err(), "no such column");
+    }
+}

@@ -6,12 +6,15 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::columns::{Columns, Unreadable};
 use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
 use crate::domain::event::Event;
 use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
+use crate::domain::signal::SignalSet;
+use crate::domain::stored;
 
 crate::statement!(
     INSERT_EVENTS,
@@ -159,4 +162,30 @@ pub async fn of_session(tx: &Transaction<'_>, key: SessionKey, limit: i64) -> Re
         })
         .collect::<Result<_, tokio_postgres::Error>>()
         .map_err(|error| StoreError::unreadable(EVENTS_OF_SESSION.name, error))
+}
+
+/// The columns of [`read`].
+pub(super) const COLUMNS: &str = "site_id, session_month, id, session_id, created_at, url, event_category, event_action, event_label, \
+     event_value, signals, metadata, received_at";
+
+/// A row as the event it is.
+pub fn read(row: &impl Columns) -> Result<stored::Event, Unreadable> {
+    let created_at = row.column("created_at")?;
+    Ok(stored::Event {
+        id: EventId::from_uuid(row.column("id")?),
+        session: SessionKey {
+            site_id: SiteId::from_uuid(row.column("site_id")?),
+            month: Month::containing(row.column("session_month")?),
+            id: SessionId::from_uuid(row.column("session_id")?),
+        },
+        created_at,
+        received_at: row.column::<Option<DateTime<Utc>>>("received_at")?.unwrap_or(created_at),
+        url: row.column("url")?,
+        category: row.column("event_category")?,
+        action: row.column("event_action")?,
+        label: row.column("event_label")?,
+        value: row.column("event_value")?,
+        signals: SignalSet::from_bits(row.column("signals")?),
+        metadata: row.column("metadata")?,
+    })
 }

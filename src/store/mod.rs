@@ -24,6 +24,7 @@ pub mod sites;
 pub mod statement;
 pub mod tokens;
 pub mod transaction;
+pub mod watch;
 
 use error::StoreError;
 use pool::Manager;

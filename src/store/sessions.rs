@@ -8,10 +8,10 @@ use std::sync::LazyLock;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
-use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
+use super::columns::{self, Unreadable};
 use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
@@ -339,16 +339,16 @@ impl<'s> Columns<'s> {
 }
 
 /// A row as the session it was. What a hand-written row does not tell in `provenance` counts as told when the session began.
-pub(super) fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Send + Sync>> {
-    let month = Month::containing(row.try_get("created_month")?);
+pub fn read(row: &impl columns::Columns) -> Result<Session, Unreadable> {
+    let month = Month::containing(row.column("created_month")?);
     let key = SessionKey {
-        site_id: SiteId::from_uuid(row.try_get("site_id")?),
+        site_id: SiteId::from_uuid(row.column("site_id")?),
         month,
-        id: SessionId::from_uuid(row.try_get("id")?),
+        id: SessionId::from_uuid(row.column("id")?),
     };
-    let created_at: DateTime<Utc> = row.try_get("created_at")?;
+    let created_at: DateTime<Utc> = row.column("created_at")?;
     // Of a hand that wrote something else into these two, only the values count: one odd row must not hold up its neighbours.
-    let Provenance(evidence) = serde_json::from_value(row.try_get("provenance")?).unwrap_or_default();
+    let Provenance(evidence) = serde_json::from_value(row.column("provenance")?).unwrap_or_default();
     let untold = Stamp { at: created_at, event: EventId::from_uuid(Uuid::nil()) };
 
     let mut told_fields = BTreeMap::new();
@@ -366,7 +366,7 @@ pub(super) fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Sen
         }
     }
 
-    let clicks: Map<String, Value> = serde_json::from_value(row.try_get("click_ids")?).unwrap_or_default();
+    let clicks: Map<String, Value> = serde_json::from_value(row.column("click_ids")?).unwrap_or_default();
     let mut firsts = BTreeMap::new();
     let mut put = |field: Field, value: Option<String>| {
         if let Some(value) = value {
@@ -375,35 +375,35 @@ pub(super) fn read(row: &Row) -> Result<Session, Box<dyn std::error::Error + Sen
         }
     };
     for (field, name) in TEXT_COLUMNS {
-        put(field, row.try_get(name)?);
+        put(field, row.column(name)?);
     }
     for (field, name) in OTHER_CLICKS {
         put(field, clicks.get(name).and_then(Value::as_str).map(str::to_owned));
     }
 
-    let attribution: &str = row.try_get("attribution")?;
+    let attribution: &str = row.column("attribution")?;
     let attribution = Attribution::from_name(attribution).ok_or("unknown attribution")?;
-    let call_signals = SignalSet::from_bits(row.try_get("call_signals")?);
+    let call_signals = SignalSet::from_bits(row.column("call_signals")?);
     // What calls raise counts as an event's, too, only if an event told it.
-    let own = SignalSet::from_bits(row.try_get("signals")?).without(Signal::ReturningAdsAssisted);
+    let own = SignalSet::from_bits(row.column("signals")?).without(Signal::ReturningAdsAssisted);
     let own = own.iter().filter(|signal| told_signals.contains_key(signal) || !call_signals.contains(*signal));
     Ok(Session {
         key,
         created_at,
-        last_seen_at: row.try_get("last_seen_at")?,
-        event_count: row.try_get("event_count")?,
+        last_seen_at: row.column("last_seen_at")?,
+        event_count: row.column("event_count")?,
         firsts,
-        exit: First { stamp: exit_stamp, value: row.try_get::<_, Option<String>>("exit_page")?.unwrap_or_default() },
+        exit: First { stamp: exit_stamp, value: row.column::<Option<String>>("exit_page")?.unwrap_or_default() },
         source: Source {
             stamp: source_stamp,
-            traffic: Traffic { rule, source: row.try_get("traffic_source")?, medium: row.try_get("traffic_medium")? },
+            traffic: Traffic { rule, source: row.column("traffic_source")?, medium: row.column("traffic_medium")? },
         },
         gauges: Gauges {
-            duration_sec: row.try_get("duration_sec")?,
-            scroll_pct: row.try_get("scroll_pct")?,
-            cta_hovers: row.try_get("cta_hovers")?,
-            focus_dur: row.try_get("focus_dur")?,
-            active_sec: row.try_get("active_sec")?,
+            duration_sec: row.column("duration_sec")?,
+            scroll_pct: row.column("scroll_pct")?,
+            cta_hovers: row.column("cta_hovers")?,
+            focus_dur: row.column("focus_dur")?,
+            active_sec: row.column("active_sec")?,
         },
         raised: own.map(|signal| (signal, told_signals.get(&signal).copied().unwrap_or(untold))).collect(),
         call_signals,

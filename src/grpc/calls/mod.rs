@@ -1,4 +1,4 @@
-//! `CallsService`: calls in, matches and reviews out. `WatchCalls` is not served by this version.
+//! `CallsService`: calls in, matches and reviews out.
 //!
 //! What a request asks is read in `asked.rs`, what it is answered is written in `wire.rs`, `words.rs` has the enums of both. Pushes go
 //! through `record.rs` to [`crate::calls`], which matches them. Reads and people's judgements happen under the policies of their caller.
@@ -12,10 +12,10 @@ use super::proto::record_call_result::Outcome;
 use super::proto::{
     self, GetCallRequest, GetCallResponse, ListCallsRequest, ListCallsResponse, RecordCallRequest, RecordCallResponse,
     RecordCallResult, RecordCallsRequest, RecordCallsResponse, Rejection, RejectionReason, ReviewCallRequest,
-    ReviewCallResponse, WatchCallsRequest, WatchCallsResponse,
+    ReviewCallResponse, WatchCallsRequest,
 };
-use super::status::{bad_request, unavailable, unimplemented};
-use super::{GrpcState, access, page};
+use super::status::{bad_request, unavailable};
+use super::{GrpcState, access, page, watch};
 use crate::calls::caller_key::CallerKey;
 use crate::calls::{Decision, Failed};
 use crate::domain::access::Caller;
@@ -96,7 +96,7 @@ impl Calls {
 
 #[tonic::async_trait]
 impl CallsService for Calls {
-    type WatchCallsStream = tokio_stream::Empty<Result<WatchCallsResponse, Status>>;
+    type WatchCallsStream = watch::Answers<watch::Calls>;
 
     async fn record_call(&self, request: Request<RecordCallRequest>) -> Result<Response<RecordCallResponse>, Status> {
         let caller = access::caller(&request)?;
@@ -176,9 +176,17 @@ impl CallsService for Calls {
         Ok(Response::new(ReviewCallResponse { call: Some(wire::call(&judged)) }))
     }
 
-    async fn watch_calls(&self, _: Request<WatchCallsRequest>) -> Result<Response<Self::WatchCallsStream>, Status> {
-        unimplemented("WatchCalls")
+    async fn watch_calls(
+        &self,
+        request: Request<WatchCallsRequest>,
+    ) -> Result<Response<Self::WatchCallsStream>, Status> {
+        watch::begin::<watch::Calls, _>(&self.state, request).await
     }
+}
+
+/// A call as it is stored.
+pub(super) fn told(call: &Call) -> proto::Call {
+    wire::call(call)
 }
 
 fn invalid(refusal: Refusal) -> Status {

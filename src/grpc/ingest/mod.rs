@@ -1,4 +1,4 @@
-//! `IngestService`: events in, a result for each. `WatchEvents` is not served by this version.
+//! `IngestService`: events in, a result for each; and [`super::watch`], as they are stored.
 //!
 //! Who may send what is settled in `admission.rs`, the stream lives in `stream.rs`. The events of one `Ingest` are checked one by one, the
 //! good ones go to the pipeline together, and the answer waits for the commit. One event that could be neither stored nor refused makes
@@ -14,9 +14,9 @@ use super::proto::ingest_result::Outcome as Verdict;
 use super::proto::ingest_service_server::IngestService;
 use super::proto::{
     IngestRequest, IngestResponse, IngestResult, Rejection, RejectionReason, StreamIngestRequest, StreamIngestResponse,
-    WatchEventsRequest, WatchEventsResponse,
+    WatchEventsRequest,
 };
-use super::{GrpcState, convert, status};
+use super::{GrpcState, convert, status, watch};
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::domain::signal::SignalSet;
 use admission::{Admission, Refused, Sender};
@@ -85,7 +85,7 @@ impl From<Refused> for IngestResult {
 #[tonic::async_trait]
 impl IngestService for Ingest {
     type StreamIngestStream = Pin<Box<dyn Stream<Item = Result<StreamIngestResponse, Status>> + Send>>;
-    type WatchEventsStream = tokio_stream::Empty<Result<WatchEventsResponse, Status>>;
+    type WatchEventsStream = watch::Answers<watch::Events>;
 
     async fn ingest(&self, request: Request<IngestRequest>) -> Result<Response<IngestResponse>, Status> {
         let sender = Sender::of(&self.state, &request)?;
@@ -111,7 +111,10 @@ impl IngestService for Ingest {
         Ok(Response::new(Box::pin(stream::acknowledge(sender, request.into_inner(), deadline))))
     }
 
-    async fn watch_events(&self, _: Request<WatchEventsRequest>) -> Result<Response<Self::WatchEventsStream>, Status> {
-        status::unimplemented("WatchEvents")
+    async fn watch_events(
+        &self,
+        request: Request<WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        watch::begin::<watch::Events, _>(&self.state, request).await
     }
 }
