@@ -174,8 +174,7 @@ fn read_match(row: &impl Columns, site: SiteId) -> Result<Found, Unreadable> {
         month: Month::containing(month),
         id: SessionId::from_uuid(id),
     });
-    let evidence =
-        row.column::<Option<Value>>("match_evidence")?.and_then(|value| serde_json::from_value(value).ok());
+    let evidence = row.column::<Option<Value>>("match_evidence")?.and_then(|value| serde_json::from_value(value).ok());
     let evidence: Noted = evidence.unwrap_or_default();
     let fingerprint: Option<String> = row.column("matched_fingerprint")?;
     let credited = session.zip(evidence.event_id.zip(evidence.event_at));

@@ -248,7 +248,8 @@ fn seen<T>(
 ) -> Result<Seen<T>, StoreError> {
     let row = rows.first().ok_or_else(|| StoreError::unreadable(operation, "no row"))?;
     let read = || Ok((row.try_get::<_, &str>(0)?, row.try_get::<_, i64>(1)?, what(row)?));
-    let (snapshot, lsn, what) = read().map_err(|error: tokio_postgres::Error| StoreError::unreadable(operation, error))?;
+    let (snapshot, lsn, what) =
+        read().map_err(|error: tokio_postgres::Error| StoreError::unreadable(operation, error))?;
     let snapshot = snapshot.parse().map_err(|error| StoreError::unreadable(operation, error))?;
     Ok(Seen { snapshot, lsn: lsn.cast_unsigned(), what })
 }

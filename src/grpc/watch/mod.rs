@@ -119,7 +119,10 @@ pub(super) async fn begin<W: Watched, M: Into<Asked>>(
 }
 
 /// What the task of a watch says, and in the end how it ended.
-fn told<A: Send + 'static>(answers: mpsc::Receiver<A>, ended: oneshot::Receiver<Status>) -> BoxStream<'static, Result<A, Status>> {
+fn told<A: Send + 'static>(
+    answers: mpsc::Receiver<A>,
+    ended: oneshot::Receiver<Status>,
+) -> BoxStream<'static, Result<A, Status>> {
     let answers = stream::unfold(answers, |mut answers| async move { Some((Ok(answers.recv().await?), answers)) });
     let end = stream::once(ended).filter_map(async |status| {
         // A task that ends without a word has broken.
@@ -203,7 +206,9 @@ fn ended_by(end: End) -> Option<Status> {
             Some(Status::with_error_details(Code::ResourceExhausted, message, details))
         }
         End::Away => Some(come_back("the change log of the database broke off; resume from the last token received")),
-        End::Unread(Unread::Database) => Some(come_back("the database does not answer; resume from the last token received")),
+        End::Unread(Unread::Database) => {
+            Some(come_back("the database does not answer; resume from the last token received"))
+        }
         End::Unread(Unread::NotYours) => Some(access::not_yours()),
         End::Gone => None,
     }

@@ -172,9 +172,8 @@ mod tests {
     }
 
     fn edges() -> impl Strategy<Value = Edge> {
-        let month = proptest::option::of(0i32..2400).prop_map(|n| {
-            n.map(|n| "1970-01-01".parse::<Month>().expect("a month").plus(n))
-        });
+        let month = proptest::option::of(0i32..2400)
+            .prop_map(|n| n.map(|n| "1970-01-01".parse::<Month>().expect("a month").plus(n)));
         let key = (month, any::<u128>()).prop_map(|(month, id)| Edge::Before(Key { month, id: Uuid::from_u128(id) }));
         prop_oneof![Just(Edge::End), key]
     }

@@ -348,7 +348,8 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
     fn within<'e>(&self, change: &'e Change<(Place, Tuple)>) -> Option<Change<(Key, &'e Tuple)>> {
         let keyed = |row: &'e (Place, Tuple)| {
             let (place, tuple) = row;
-            let watched = place.site == self.scope.site && self.scope.month.is_none_or(|month| place.month == Some(month));
+            let watched =
+                place.site == self.scope.site && self.scope.month.is_none_or(|month| place.month == Some(month));
             // Every row has an id. Without one there is nothing that could be told of it.
             let id = tuple.column::<Uuid>("id").ok().filter(|_| watched)?;
             Some((Key { month: place.month, id }, tuple))

@@ -13,11 +13,12 @@ use super::watched::{Scope, Told, Watched, What};
 enum Phase {
     /// A watch without a token: nothing but a snapshot can come.
     Anew,
-    /// A watch with a token, before anything but heartbeats has come on it.
+    /// A watch with a token, before it is known how it goes on.
     Resumed,
-    /// Between `SnapshotStart` and `SnapshotEnd`.
+    /// Between `SnapshotStart` and `SnapshotEnd`. Changes of rows that were shown come in between.
     Shown,
-    /// Rows that were written meanwhile are told, as in a snapshot, and on top of what the client has; `SnapshotEnd` ends it.
+    /// Rows that were written meanwhile are told, as in a snapshot, and on top of what the client has; `SnapshotEnd` ends it. Until then
+    /// the client may have rows as they were once, so what comes is applied and not judged.
     CaughtUp,
     Live,
 }
@@ -41,8 +42,10 @@ pub struct Model<R> {
     pub rows: BTreeMap<String, R>,
     pub token: Option<String>,
     phase: Phase,
-    /// The snapshot, or what was written meanwhile, has not been told whole yet: a live change would be too early.
+    /// The snapshot, or what was written meanwhile, has not been told whole yet.
     incomplete: bool,
+    /// A change has come on the watch that was resumed.
+    went_on: bool,
     /// Shown since the snapshot, or what is left of it, began.
     shown: BTreeSet<String>,
     pub tally: Tally,
@@ -56,6 +59,7 @@ impl<R: Watched> Model<R> {
             token: None,
             phase: Phase::Anew,
             incomplete: true,
+            went_on: false,
             shown: BTreeSet::new(),
             tally: Tally::default(),
         }
@@ -63,13 +67,18 @@ impl<R: Watched> Model<R> {
 
     /// A watch begins, with the token that it has by now.
     pub fn opened(&mut self) {
-        self.phase = if self.token.is_some() { Phase::Resumed } else { Phase::Anew };
+        self.phase = match (&self.token, self.incomplete) {
+            (None, _) => Phase::Anew,
+            (Some(_), true) => Phase::CaughtUp,
+            (Some(_), false) => Phase::Resumed,
+        };
+        self.went_on = false;
         self.shown.clear();
     }
 
     /// Whether everything that was there has been told.
     pub fn is_live(&self) -> bool {
-        !self.incomplete && self.phase == Phase::Live
+        !self.incomplete && (self.phase == Phase::Live || self.went_on)
     }
 
     /// Takes a message, or says what is wrong with it.
@@ -137,21 +146,21 @@ impl<R: Watched> Model<R> {
 
     fn change(&mut self, kind: ChangeKind, old: Option<R>, new: Option<R>) -> Result<(), String> {
         match self.phase {
-            Phase::Live => {}
-            Phase::Resumed if !self.incomplete => {
-                self.phase = Phase::Live;
+            Phase::Anew => return Err(format!("{kind:?} while Anew: {old:?} {new:?}")),
+            Phase::Resumed if !self.went_on => {
+                self.went_on = true;
                 self.tally.went_on += 1;
             }
-            early => return Err(format!("{kind:?} while {early:?}, incomplete: {}: {old:?} {new:?}", self.incomplete)),
+            Phase::Resumed | Phase::Shown | Phase::CaughtUp | Phase::Live => {}
         }
         self.tally.changes += 1;
         match (kind, old, new) {
             (ChangeKind::Insert, None, Some(new)) => self.enter(new),
             (ChangeKind::Update, Some(old), Some(new)) => {
-                self.leave(old)?;
+                self.leave(old, kind)?;
                 self.enter(new)
             }
-            (ChangeKind::Delete, Some(old), None) => self.leave(old),
+            (ChangeKind::Delete, Some(old), None) => self.leave(old, kind),
             odd => Err(format!("not the values of such a change: {odd:?}")),
         }
     }
@@ -159,20 +168,29 @@ impl<R: Watched> Model<R> {
     fn enter(&mut self, new: R) -> Result<(), String> {
         let (key, new) = self.own(new)?;
         match self.rows.insert(key, new) {
-            None => Ok(()),
-            Some(there) => Err(format!("told twice: {there:?} was there already")),
+            Some(there) if self.phase != Phase::CaughtUp => Err(format!("told twice: {there:?} was there already")),
+            Some(_) | None => Ok(()),
         }
     }
 
-    fn leave(&mut self, old: R) -> Result<(), String> {
+    fn leave(&mut self, old: R, kind: ChangeKind) -> Result<(), String> {
         let (key, old) = self.own(old)?;
-        match self.rows.remove(&key) {
-            Some(there) if there == old => Ok(()),
-            Some(there) => {
-                Err(format!("the old value is not what was told last:\n  told last {there:?}\n  old now   {old:?}"))
-            }
-            None => Err(format!("never told, and now it was there before: {old:?}")),
+        let there = self.rows.remove(&key);
+        if self.phase == Phase::CaughtUp || there.as_ref() == Some(&old) {
+            return Ok(());
         }
+        if self.phase == Phase::Resumed && kind == ChangeKind::Delete {
+            // Of a row that was written meanwhile: then all that was written is told, to its end.
+            (self.phase, self.incomplete) = (Phase::CaughtUp, true);
+            self.tally.caught_up += 1;
+            return Ok(());
+        }
+        Err(match there {
+            Some(there) => {
+                format!("the old value is not what was told last:\n  told last {there:?}\n  old now   {old:?}")
+            }
+            None => format!("never told, and now it was there before: {old:?}"),
+        })
     }
 }
 
@@ -255,7 +273,8 @@ mod tests {
         fails(live(), updated(row("1", "first"), row("1", "second")).clone_without_old(), "not the values");
         fails(live(), Told { token: String::new(), what: What::Heartbeat }, "0 bytes");
         let begun = || heard([told(What::Start), shown(row("1", "first"))]).expect("a snapshot that is under way");
-        fails(begun(), inserted(row("2", "first")), "while Shown");
+        fails(begun(), inserted(row("1", "first")), "told twice");
+        fails(begun(), updated(row("2", "first"), row("2", "second")), "never told");
         fails(begun(), shown(row("1", "second")), "shown twice");
         fails(Model::new(scope()), shown(row("1", "first")), "while Anew");
         fails(Model::new(scope()), inserted(row("1", "first")), "while Anew");
@@ -269,14 +288,21 @@ mod tests {
         };
         let mut next = resumed(live());
         next.take(updated(row("1", "first"), row("1", "second"))).expect("the next change");
-        fails(next, told(What::End), "while Live");
+        assert!(next.is_live());
+        fails(next, updated(row("1", "first"), row("1", "second")), "not what was told last");
+        fails(resumed(live()), inserted(row("1", "first")), "told twice");
 
         let mut written = resumed(live());
-        written.take(shown(row("1", "third"))).expect("what was written meanwhile");
-        fails(resumed(live()), shown(Call { site_id: "b".to_owned(), ..row("2", "first") }), "not to be seen");
+        written
+            .take(change(ChangeKind::Delete, Some(row("1", "second")), None))
+            .expect("of a row that was written meanwhile");
+        assert!(!written.is_live(), "that is not all");
+        written.take(shown(row("3", "third"))).expect("what was written meanwhile");
         written.take(told(What::End)).expect("that was all");
-        written.take(updated(row("1", "third"), row("1", "fourth"))).expect("live again");
-        assert_eq!((written.tally.caught_up, written.rows.len()), (1, 1));
+        written.take(updated(row("3", "third"), row("3", "fourth"))).expect("live again");
+        assert_eq!((written.tally.caught_up, written.rows.len(), written.is_live()), (1, 1, true));
+        fails(written, inserted(row("3", "first")), "told twice");
+        fails(resumed(live()), shown(Call { site_id: "b".to_owned(), ..row("2", "first") }), "not to be seen");
 
         let mut anew = resumed(live());
         for message in [told(What::Start), shown(row("2", "first")), told(What::End)] {
@@ -284,10 +310,14 @@ mod tests {
         }
         assert_eq!(anew.rows.into_values().collect::<Vec<_>>(), [row("2", "first")]);
 
-        // Cut off within the snapshot, it is not complete until its end is told.
+        // Cut off within the snapshot, it is not complete until its end is told; and what had been shown may be told again.
         let mut begun = heard([told(What::Start), shown(row("1", "first"))]).expect("a snapshot that is under way");
         begun.opened();
-        fails(begun, inserted(row("2", "first")), "incomplete: true");
+        begun.take(inserted(row("1", "first"))).expect("again");
+        assert!(!begun.is_live());
+        begun.take(shown(row("2", "first"))).expect("the rest of the rows");
+        begun.take(told(What::End)).expect("that was all");
+        fails(begun, inserted(row("1", "first")), "told twice");
     }
 
     impl Told<Call> {

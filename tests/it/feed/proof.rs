@@ -18,7 +18,7 @@ use super::rows::{Stored, expected};
 use super::watched::{Scope, Watched};
 use super::watcher::{Habits, Life, Place, Watcher};
 use super::work::{SITES, Work};
-use super::writer::{Writer, prepare};
+use super::writer::{Writer, flood, prepare};
 use crate::support::calls::KEY;
 use crate::support::private::{Private, Shutdown};
 use crate::support::process::Server;
@@ -31,9 +31,9 @@ const WRITERS: u16 = 5;
 const LAST: Uuid = Uuid::from_u128(0xffff_0000_0000_0000_0000_0000_0000_0001);
 
 /// Reads, and now and then it does not, or is gone.
-const RESTLESS: Habits = Habits { stalls: 25, stalled: (500, 2_500), leaves: 40, away: (50, 1_500) };
-/// Stops reading until it is cut off.
-const DROWSY: Habits = Habits { stalls: 60, stalled: (8_000, 15_000), leaves: 0, away: (0, 1) };
+const RESTLESS: Habits = Habits { stalls: 25, stalled: (500, 2_500), leaves: 40, away: (50, 1_500), dozes: false };
+/// Does not read for a long time when most is written.
+const DROWSY: Habits = Habits { dozes: true, ..Habits::GOOD };
 
 /// What the watchers of one kind of row came to, by name.
 type Ends<R> = JoinSet<(String, Scope, Result<(BTreeMap<String, R>, Life), String>)>;
@@ -136,7 +136,7 @@ async fn server(url: &str, grpc: Option<SocketAddr>) -> Server {
 }
 
 /// Pulls everything away from under everybody, once each.
-async fn disturb(work: Arc<Work>, mut private: Private, victim: Server) -> (Private, Server) {
+async fn disturb(work: Arc<Work>, place: Arc<Place>, mut private: Private, victim: Server) -> (Private, Server) {
     work.reached(ROWS * 3 / 10).await;
     eprintln!("a server is killed at {} row changes", work.done());
     let address = victim.grpc;
@@ -148,6 +148,12 @@ async fn disturb(work: Arc<Work>, mut private: Private, victim: Server) -> (Priv
         eprintln!("PostgreSQL is restarted, {how:?}, at {} row changes", work.done());
         private.restart(how).await;
     }
+    work.reached(ROWS * 8 / 10).await;
+    eprintln!("and too much for who does not read");
+    let client = work.connect().await;
+    place.flood.store(true, Ordering::Relaxed);
+    flood(&client, &work).await;
+    place.flood.store(false, Ordering::Relaxed);
     (private, victim)
 }
 
@@ -171,10 +177,10 @@ async fn each_watcher_ends_with_exactly_the_rows_of_the_table() {
         writers.spawn(Writer::new(work.clone(), number).run());
     }
     writers.spawn(door().run(work.clone()));
-    let disturbed = tokio::spawn(disturb(work.clone(), private, one));
+    let place = Place::new(servers.clone(), token.clone());
+    let disturbed = tokio::spawn(disturb(work.clone(), place.clone(), private, one));
 
     // Some are there from the beginning, some come later.
-    let place = Place::new(servers.clone(), token.clone());
     let crowd = Crowd { place: place.clone(), work: work.clone() };
     let (mut events, mut sessions, mut calls): (Ends<StoredEvent>, Ends<Session>, Ends<Call>) = Default::default();
     crowd.admit(&mut events, "events of alice", 0, None, RESTLESS);

@@ -33,11 +33,13 @@ pub struct Place {
     pub token: String,
     /// From now on everybody behaves, and is to come to an end.
     pub calm: AtomicBool,
+    /// Whoever dozes does not read as long as this holds.
+    pub flood: AtomicBool,
 }
 
 impl Place {
     pub fn new(servers: Vec<SocketAddr>, token: String) -> Arc<Self> {
-        Arc::new(Self { servers, token, calm: AtomicBool::new(false) })
+        Arc::new(Self { servers, token, calm: AtomicBool::new(false), flood: AtomicBool::new(false) })
     }
 
     fn is_calm(&self) -> bool {
@@ -52,11 +54,13 @@ pub struct Habits {
     pub stalled: (u64, u64),
     pub leaves: u32,
     pub away: (u64, u64),
+    /// Stops reading when the flood begins, until it is over.
+    pub dozes: bool,
 }
 
 impl Habits {
     /// Reads all the time.
-    pub const GOOD: Self = Self { stalls: 0, stalled: (0, 1), leaves: 0, away: (0, 1) };
+    pub const GOOD: Self = Self { stalls: 0, stalled: (0, 1), leaves: 0, away: (0, 1), dozes: false };
 }
 
 /// What became of a watcher.
@@ -216,6 +220,13 @@ impl<R: Watched> Watcher<R> {
                     return Ok(Over::Done);
                 }
                 continue;
+            }
+            if self.habits.dozes && self.place.flood.load(Ordering::Relaxed) {
+                self.life.stalled += 1;
+                self.note("dozes".to_owned());
+                while self.place.flood.load(Ordering::Relaxed) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
             }
             if self.random.random_ratio(self.habits.stalls, 100_000) {
                 self.life.stalled += 1;

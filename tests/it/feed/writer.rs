@@ -372,6 +372,22 @@ pub async fn prepare(client: &Client, work: &Work) {
     }
 }
 
+/// More of one site than any server keeps in its memory: rows of some 50 KB, written again and again.
+pub async fn flood(client: &Client, work: &Work) {
+    let insert = "INSERT INTO events (site_id, session_month, id, session_id, created_at, occurred_at, url, event_category, event_action, lead_score, \
+        metadata) SELECT $1, $2, ('ffee0000-0000-0000-0000-' || lpad(to_hex(n), 12, '0'))::uuid, $3, now(), now(), '/', 'system', 'flood', 0, \
+        jsonb_build_object('long', (SELECT string_agg(md5(n || '-' || m), '') FROM generate_series(1, 1500) m)) FROM generate_series(1, 400) n";
+    let visit = shared_visit(SHARED - 1);
+    let mut changes = client.execute(insert, &[&SITES[1], &work.months[1], &visit]).await.expect("new events");
+    for again in 1..=2 {
+        let update = format!(
+            "UPDATE events SET metadata = metadata || '{{\"again\": {again}}}' WHERE session_id = $1 AND event_action = 'flood'"
+        );
+        changes += client.execute(&update, &[&visit]).await.expect("changed events");
+    }
+    work.add(changes);
+}
+
 async fn insert_visits(client: &Client, site: Uuid, work: &Work, month: usize, ids: &[Uuid]) -> Outcome {
     client.execute(INSERT_VISITS, &[&site, &work.months[month], &ids]).await
 }
