@@ -38,6 +38,7 @@ impl Door {
         let mut round = 0;
         while !work.is_over() {
             round += 1;
+            work.pace().await;
             let mut at = round;
             while let Err(status) = self.round(&work, round, at).await {
                 // Nothing was promised: the same again, at the other server.

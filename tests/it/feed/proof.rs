@@ -204,6 +204,7 @@ async fn each_watcher_ends_with_exactly_the_rows_of_the_table() {
     let admin = work.connect().await;
     // Calls that something late has touched are matched again by themselves.
     settled(&admin).await;
+    eprintln!("written after {wrote:?}, calls settled after {:?}", began.elapsed());
     place.calm.store(true, Ordering::Relaxed);
     write_last(&admin, &work).await;
 
@@ -213,6 +214,18 @@ async fn each_watcher_ends_with_exactly_the_rows_of_the_table() {
     lives.extend(compare(&admin, &door, sessions, &mut wrong).await);
     lives.extend(compare(&admin, &door, calls, &mut wrong).await);
     eprintln!("{} row changes in {wrote:?}, everybody has them after {:?}", work.done(), began.elapsed());
+    if std::env::var_os("FEED_TRAIL").is_some() {
+        for server in [&one, &other] {
+            let said = server.program.said();
+            eprintln!(
+                "{}",
+                said.lines()
+                    .filter(|line| line.contains("WARN") || line.contains("feed"))
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            );
+        }
+    }
     assert!(wrong.is_empty(), "FEED_SEED={seed}\n{}", wrong.join("\n\n"));
 
     // And it was a disturbed day.

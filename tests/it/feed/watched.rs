@@ -43,7 +43,7 @@ pub enum What<R> {
 
 /// A kind of row.
 pub trait Watched: Clone + PartialEq + Debug + Send + Sync + 'static {
-    type Response: Send + 'static;
+    type Response: Debug + Send + 'static;
 
     fn open(
         channel: InterceptedService<Channel, Bearer>,

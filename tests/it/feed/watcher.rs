@@ -25,7 +25,7 @@ const CATCH_UP: Duration = Duration::from_secs(60);
 /// What a client takes without reading it. Few, so that a client that stops reading is felt.
 const WINDOW: u32 = 64 << 10;
 /// How much of a watcher's life is told when something is wrong.
-const TRAIL: usize = 40;
+const TRAIL: usize = 80;
 
 /// Where to watch.
 pub struct Place {
@@ -145,6 +145,9 @@ impl<R: Watched> Watcher<R> {
             }
         }
         self.life.tally = self.model.tally;
+        if std::env::var_os("FEED_TRAIL").is_some() {
+            eprintln!("{}\n  {}", self.name, Vec::from(self.trail).join("\n  "));
+        }
         Ok((self.model.rows, self.life))
     }
 
@@ -169,7 +172,12 @@ impl<R: Watched> Watcher<R> {
             _ if !from_the_server => self.life.broken += 1,
             _ => return Err(format!("a watch ends with {status:?}")),
         }
-        self.note(format!("ended with {:?}: {}", status.code(), status.message()));
+        self.note(format!(
+            "ended with {:?}: {}, {} messages",
+            status.code(),
+            status.message(),
+            self.model.tally.messages
+        ));
         Ok(())
     }
 

@@ -15,6 +15,9 @@ const AWAY_LIMIT: Duration = Duration::from_secs(60);
 /// Nobody waits longer for a share of the row changes; then the writers are gone.
 const WRITING_LIMIT: Duration = Duration::from_secs(300);
 
+/// Row changes a second: slow enough for a machine that is busy to be watched meanwhile.
+const PACE: f64 = 2_000.0;
+
 pub struct Work {
     pub url: String,
     /// Last month, this one and the next two: the server has made their partitions.
@@ -23,18 +26,25 @@ pub struct Work {
     pub target: u64,
     pub seed: u64,
     done: AtomicU64,
+    began: Instant,
 }
 
 impl Work {
     pub fn new(url: String, target: u64, seed: u64) -> Self {
         let this = Utc::now().date_naive().with_day(1).expect("every month has a first day") - Months::new(1);
         let months = (0..4).map(|ahead| this + Months::new(ahead)).collect();
-        Self { url, months, target, seed, done: AtomicU64::new(0) }
+        Self { url, months, target, seed, done: AtomicU64::new(0), began: Instant::now() }
     }
 
     /// Row changes were committed.
     pub fn add(&self, changes: u64) {
         self.done.fetch_add(changes, Ordering::Relaxed);
+    }
+
+    /// Waits until it is time for more.
+    pub async fn pace(&self) {
+        let due = Duration::from_secs_f64(self.done() as f64 / PACE);
+        tokio::time::sleep(due.saturating_sub(self.began.elapsed())).await;
     }
 
     pub fn done(&self) -> u64 {
