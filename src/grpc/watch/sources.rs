@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -92,6 +93,9 @@ pub(super) struct Page<R> {
 
 /// The tables, as the reader may see them.
 pub(super) trait Tables<W: Watched>: Send + Sync + 'static {
+    /// The first pause before something is asked again that came too early.
+    const AGAIN: Duration;
+
     /// The first month at `from` or after it that has a partition.
     fn next_month(&self, from: Option<Month>) -> impl Future<Output = Result<Seen<Option<Month>>, Unread>> + Send;
     fn page(&self, span: Span) -> impl Future<Output = Result<Seen<Page<W::Row>>, Unread>> + Send;
@@ -107,6 +111,8 @@ pub(super) struct Stored {
 }
 
 impl<W: Watched> Tables<W> for Stored {
+    const AGAIN: Duration = Duration::from_millis(10);
+
     async fn next_month(&self, from: Option<Month>) -> Result<Seen<Option<Month>>, Unread> {
         let _turn = turn().await;
         self.store.watched_month(W::TABLE, from).await.map_err(unread)

@@ -31,16 +31,9 @@ use crate::store::watch::{Seen, Span};
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// A client that takes no message for so long does not read at all.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long to wait before a page is read again that came too early, and how often.
-const PAUSES: [Duration; 40] = {
-    let mut pauses = [Duration::from_millis(250); 40];
-    let mut at = 0;
-    while at < 12 {
-        pauses[at] = Duration::from_millis(10 << (at / 3));
-        at += 1;
-    }
-    pauses
-};
+/// What came too early is asked again so often, after pauses that double up to so many times the first: for about nine seconds.
+const TRIES: u32 = 40;
+const LONGEST_PAUSE: u32 = 25;
 /// The end of a snapshot waits so long for the log to pass what its pages saw: a token from behind it then repeats nothing.
 const SETTLE: Duration = Duration::from_secs(1);
 /// A row tells its writer by 32 bits, which is enough for so many transactions, and far from all.
@@ -251,12 +244,13 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
         F: Future<Output = Result<Seen<V>, Unread>> + Send,
         V: Send,
     {
-        for pause in PAUSES {
+        for tried in 0..TRIES {
             let asked = ask(self.tables.clone());
             let seen = self.meanwhile(asked).await.map_err(End::Unread)?;
             if self.log.covers(&seen.snapshot) {
                 return Ok(seen);
             }
+            let pause = T::AGAIN * 2u32.saturating_pow(tried).min(LONGEST_PAUSE);
             self.meanwhile(sleep(pause)).await;
         }
         tracing::warn!(table = W::TABLE.name(), "queries do not show what the change log has told long ago");
