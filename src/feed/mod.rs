@@ -26,6 +26,9 @@ mod source;
 mod subscription;
 mod told;
 
+#[cfg(test)]
+mod tests;
+
 use crate::domain::change::{Change, Place, Position, Table};
 use crate::domain::id::SiteId;
 use crate::store::Store;
@@ -108,7 +111,7 @@ impl Default for FeedOptions {
     fn default() -> Self {
         Self {
             log_bytes: 64 << 20,
-            linger: Duration::from_mins(5),
+            linger: Duration::from_secs(5 * 60),
             subscribers: 1000,
             start_limit: Duration::from_secs(10),
             back_off: Duration::from_secs(2),
@@ -176,6 +179,10 @@ impl Feed {
             Some(url) => Manager::named("FEED_DATABASE_URL", url)?,
             None => Manager::new(database_url)?,
         };
+        // There from the beginning, so that nobody takes a feed that does not run for one that is not measured.
+        metrics::gauge!(telemetry::FEED_RUNNING).set(0.0);
+        metrics::counter!(telemetry::FEED_RESTARTS_TOTAL).absolute(0);
+        metrics::counter!(telemetry::FEED_CUT_OFF_TOTAL).absolute(0);
         let stop = stop.child_token();
         let engine = Engine {
             places: Places { store, direct: to, same: direct.is_none_or(|url| url == database_url) },
@@ -235,9 +242,10 @@ impl Engine {
         if let Some((_, error)) = running.failed.as_ref().filter(|(at, _)| at.elapsed() < self.options.back_off) {
             return Err(error.clone());
         }
+        let limit = self.options.start_limit;
         let started = tokio::select! {
             () = self.stop.cancelled() => return Err(FeedError::Away),
-            started = tokio::time::timeout(self.options.start_limit, self.places.start()) => started,
+            started = tokio::time::timeout(limit, self.places.start(limit)) => started,
         };
         let source = started.unwrap_or_else(|_| {
             let seconds = self.options.start_limit.as_secs();

@@ -198,7 +198,7 @@ struct Reader {
 impl Reader {
     /// Until nobody listens any more, the server stops, or the connection breaks: then true.
     async fn read(mut self, linger: Duration, stop: &CancellationToken) -> bool {
-        let mut beat = tokio::time::interval(BEAT.min(linger));
+        let mut beat = tokio::time::interval(BEAT.min(linger).max(Duration::from_millis(1)));
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let broken = loop {
             tokio::select! {

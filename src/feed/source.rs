@@ -1,5 +1,7 @@
 //! Begins to read the log: connects, makes a temporary slot, and learns which transactions lie before it.
 
+use std::time::Duration;
+
 use rand::Rng;
 
 use super::FeedError;
@@ -9,12 +11,6 @@ use crate::domain::change::Lineage;
 use crate::store::Store;
 use crate::store::feed::Origin;
 use crate::store::pool::Manager;
-
-/// A slot waits until every transaction that writes now has ended, one after the other. On our side the whole start is bounded; this
-/// makes PostgreSQL give up by itself when nobody waits any more.
-const BOUND_SLOT: &str = "SET lock_timeout = '8s'";
-/// Also in the older names of the settings that a role may have been given.
-const NO_OTHER_BOUNDS: &str = "SET statement_timeout = 0";
 
 /// A log that is being sent.
 pub(super) struct Source {
@@ -46,13 +42,17 @@ impl Places {
         obstacle(&fitness, self.same, running)
     }
 
-    /// Begins.
-    pub async fn start(&self) -> Result<Source, FeedError> {
+    /// Begins. A slot waits until every transaction that writes now has ended, one after the other. The caller bounds the whole by `limit`;
+    /// PostgreSQL is told to give up by itself a little sooner, as it does not notice in there that nobody waits any more.
+    pub async fn start(&self, limit: Duration) -> Result<Source, FeedError> {
         if let Some(why) = self.obstacle(false).await {
             return Err(FeedError::Unfit(why));
         }
-        let (mut link, lineage, slot, start, snapshot) = self.slot().await.map_err(|error| {
-            tracing::warn!(%error, "the change feed cannot begin");
+        let (mut link, lineage, slot, start, snapshot) = self.slot(limit * 4 / 5).await.map_err(|error| {
+            match error.code() {
+                "55P03" => tracing::warn!("the change feed cannot begin: a long transaction that writes holds it up"),
+                _ => tracing::warn!(%error, "the change feed cannot begin"),
+            }
             judge(&error, self.login())
         })?;
         // The snapshot lives until the next command on the connection.
@@ -77,12 +77,12 @@ impl Places {
         Ok(Source { link, lineage: Lineage { database: origin.database, ..lineage }, start, origin })
     }
 
-    async fn slot(&self) -> Result<(Link, Lineage, String, u64, String), LinkError> {
+    async fn slot(&self, patience: Duration) -> Result<(Link, Lineage, String, u64, String), LinkError> {
         let mut link = Link::connect(&self.direct).await?;
         let identity = link.query("IDENTIFY_SYSTEM").await?;
         let lineage = lineage(&identity).ok_or(LinkError::Protocol("the database does not say which one it is"))?;
-        link.query(BOUND_SLOT).await?;
-        link.query(NO_OTHER_BOUNDS).await?;
+        link.query(&format!("SET lock_timeout = {}", patience.as_millis())).await?;
+        link.query("SET statement_timeout = 0").await?;
         let slot = format!("opsmantik_{:032x}", rand::rng().random::<u128>());
         let create = format!("CREATE_REPLICATION_SLOT \"{slot}\" TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')");
         let made = match link.query(&create).await {

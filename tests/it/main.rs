@@ -15,6 +15,7 @@ mod feed;
 mod grpc;
 mod http;
 mod import;
+mod log;
 mod manners;
 mod merge;
 mod odd_event;
