@@ -58,17 +58,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION opsmantik.note_deleted() IS 'After a row was deleted, or moved to another month.';
-CREATE OR REPLACE FUNCTION opsmantik.note_truncated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    PERFORM opsmantik.note_vanished(TG_ARGV[0], NULL, NULL, 'truncate');
-    RETURN NULL;
-END
-$$;
-COMMENT ON FUNCTION opsmantik.note_truncated() IS 'After a table was emptied at a stroke.';
-REVOKE ALL ON FUNCTION opsmantik.note_vanished(text, date, uuid, text), opsmantik.note_deleted(), opsmantik.note_truncated()
+REVOKE ALL ON FUNCTION opsmantik.note_vanished(text, date, uuid, text), opsmantik.note_deleted()
     FROM PUBLIC, anon, authenticated, service_role;
 
 -- Triggers for rows reach the leaves by themselves, those of later months too.
@@ -78,13 +68,6 @@ CREATE OR REPLACE TRIGGER events_deleted AFTER DELETE ON public.events
     FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('events');
 CREATE OR REPLACE TRIGGER calls_deleted AFTER DELETE ON public.calls
     FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('calls');
--- These do not: a leaf that is emptied by its own name is told by nobody but who does it.
-CREATE OR REPLACE TRIGGER sessions_truncated AFTER TRUNCATE ON public.sessions
-    FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('sessions');
-CREATE OR REPLACE TRIGGER events_truncated AFTER TRUNCATE ON public.events
-    FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('events');
-CREATE OR REPLACE TRIGGER calls_truncated AFTER TRUNCATE ON public.calls
-    FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('calls');
 
 -- A watcher of calls reads them in this order, a page at a time.
 CREATE INDEX IF NOT EXISTS calls_of_site ON public.calls (site_id, id);

@@ -323,9 +323,9 @@ proptest! {
 #[test]
 fn the_worlds_lead_down_every_way() {
     let mut ways = [0; 3];
-    for seed in 0..50 {
+    for seed in 0..60 {
         let more = alone(live::<true>(seed));
         ways = std::array::from_fn(|at| ways[at] + more[at]);
     }
-    assert!(ways.iter().all(|times| *times > 50), "{ways:?}");
+    assert!(ways.iter().all(|times| *times >= 10), "{ways:?}");
 }

@@ -12,6 +12,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::DateTime;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
@@ -38,6 +39,9 @@ const LONGEST_PAUSE: u32 = 25;
 const SETTLE: Duration = Duration::from_secs(1);
 /// A row tells its writer by 32 bits, which is enough for so many transactions, and far from all.
 const MAX_AGE: u64 = 1 << 30;
+
+/// Calls have no month, and so come before all that have one.
+const AFTER_CALLS: fn() -> Month = || Month::of(DateTime::UNIX_EPOCH);
 
 /// What is watched.
 #[derive(Debug, Clone, Copy)]
@@ -83,6 +87,10 @@ pub(super) struct Watcher<W: Watched, L, T> {
     had: Option<Had>,
     /// Of the next change the first half was told.
     halved: bool,
+    /// The client knows that it was shown everything ...
+    ended: bool,
+    /// ... and until then it stands no further than this, which is after all rows.
+    almost: Edge,
     last_token: String,
     /// While it is not known yet how to go on: what the client came with.
     brought: Option<String>,
@@ -100,6 +108,8 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             coverage: Coverage::from(Edge::before_month(scope.month)),
             had: None,
             halved: false,
+            ended: false,
+            almost: Edge::before_month(scope.month),
             last_token: String::new(),
             brought: None,
             said_at: Instant::now(),
@@ -143,6 +153,7 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
         }
         if self.log.seek(mark.position) {
             (self.coverage, self.had, self.halved) = (Coverage::from(mark.shown), mark.had, mark.halved);
+            self.ended = mark.shown == Edge::End;
             return Ok(true);
         }
         let had = match mark.had {
@@ -161,13 +172,13 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
 
     async fn tell_anew(&mut self) -> Result<Infallible, Stop> {
         self.coverage = Coverage::from(Edge::before_month(self.scope.month));
-        (self.had, self.halved) = (None, false);
+        (self.had, self.halved, self.ended) = (None, false, false);
         self.say(self.mark(), Said::Start).await?;
         self.tell().await
     }
 
     async fn tell(&mut self) -> Result<Infallible, Stop> {
-        if self.coverage.edge() != Edge::End {
+        if !self.ended {
             while let Edge::Before(from) = self.coverage.edge() {
                 while let Some(entry) = self.log.try_next().map_err(|lost| self.lost(lost))? {
                     self.hear(&entry).await?;
@@ -179,6 +190,7 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             while !self.coverage.is_settled() && Instant::now() < late {
                 self.listen(late).await?;
             }
+            self.ended = true;
             self.say(self.mark(), Said::End).await?;
         }
         loop {
@@ -193,6 +205,16 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
     /// Shows the rows from a key on, as far as one page goes.
     async fn next_page(&mut self, from: Key) -> Result<(), Stop> {
         let mut from = from;
+        // All but the end was told before: nothing is left, or the very last id.
+        if W::TABLE.has_months() && self.scope.month.is_none() {
+            self.almost = Edge::Before(from);
+        } else {
+            let after_all = self.scope.month.map_or_else(AFTER_CALLS, Month::next);
+            self.almost = Edge::before_month(Some(after_all));
+            if from.month != self.scope.month {
+                from = Key { month: self.scope.month, id: Uuid::max() };
+            }
+        }
         // At the beginning of a month it is not known yet whether that month is there.
         if W::TABLE.has_months() && self.scope.month.is_none() && from.id.is_nil() {
             let seen = self.seen(move |tables| async move { tables.next_month(from.month).await }).await?;
@@ -221,12 +243,17 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             return Err(Stop::Anew);
         }
         for (id, row) in rows {
-            let shown = self.edge_after(Key { month: from.month, id });
+            let shown = self.told_to(self.edge_after(Key { month: from.month, id }));
             self.say(Mark { shown, ..self.mark() }, Said::There(row)).await?;
         }
         let end = self.edge_after(Key { month: from.month, id: end });
         self.coverage.extend(end, seen.snapshot, seen.lsn);
         Ok(())
+    }
+
+    /// How far the client knows that it was shown everything.
+    fn told_to(&self, edge: Edge) -> Edge {
+        if edge == Edge::End && !self.ended { self.almost } else { edge }
     }
 
     /// The edge behind a key; at the end of the last month that is the end.
@@ -385,7 +412,7 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
 
     /// What the client has when it has all that was said.
     fn mark(&self) -> Mark {
-        let shown = self.coverage.edge();
+        let shown = self.told_to(self.coverage.edge());
         Mark {
             lineage: self.log.lineage(),
             position: self.log.position(),

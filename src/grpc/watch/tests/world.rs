@@ -238,8 +238,8 @@ impl World {
 
     fn log(&mut self, xid: u64) {
         let ops = self.running.remove(&xid).unwrap_or_default();
-        self.wal += 10;
-        let lsn = self.wal;
+        let lsn = self.wal + 10;
+        self.wal = lsn + 1;
         let mut changes = Vec::new();
         for op in &ops {
             match *op {
@@ -293,7 +293,6 @@ impl World {
     fn read_log(&mut self, entries: usize) {
         self.read = self.read.saturating_add(entries).min(self.log.len());
         if self.read == self.log.len() {
-            self.wal += 1;
             self.reached = Position { lsn: self.wal, seq: 0 };
         } else if let Some(last) = self.read.checked_sub(1) {
             self.reached = self.reached.max(self.log[last].position);
@@ -337,7 +336,7 @@ impl World {
         in_progress.sort_unstable();
         let xmin = in_progress.first().copied().unwrap_or(self.next_xid);
         self.wal += 1;
-        (Snapshot { xmin, xmax: self.next_xid, in_progress }, self.wal)
+        (Snapshot { xmin, xmax: self.next_xid, in_progress }, self.wal - 1)
     }
 
     pub(super) fn vanished(&self, month: Option<Month>, since: u64) -> bool {
