@@ -6,8 +6,8 @@ use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use prost::Message;
 use proptest::prelude::*;
+use prost::Message;
 use rand::Rng;
 use tokio::sync::{Notify, mpsc};
 
@@ -164,7 +164,8 @@ impl<const DATED: bool> Tables<Toy<DATED>> for SomeTables {
     const AGAIN: Duration = Duration::ZERO;
 
     async fn next_month(&self, from: Option<Month>) -> Result<Seen<Option<Month>>, Unread> {
-        let later = |world: &mut World| world.months.iter().copied().find(|month| from.is_none_or(|from| *month >= from));
+        let later =
+            |world: &mut World| world.months.iter().copied().find(|month| from.is_none_or(|from| *month >= from));
         Ok(self.seen(later).await)
     }
 
@@ -261,7 +262,8 @@ async fn live<const DATED: bool>(seed: u64) -> [usize; 3] {
             let left = if world.steps > 0 { world.rng.random_range(0..40) } else { usize::MAX };
             if let Some((mark, _)) = &resume {
                 let in_log = mark.lineage == world.lineage() && mark.position >= world.floor;
-                (client.exact, client.catching_up) = (in_log && mark.shown == Edge::End, !in_log || mark.shown != Edge::End);
+                (client.exact, client.catching_up) =
+                    (in_log && mark.shown == Edge::End, !in_log || mark.shown != Edge::End);
                 ways[if in_log { 0 } else { 1 }] += 1;
             }
             (world.reached, left, world.rng.random_range(1..4))

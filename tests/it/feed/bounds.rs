@@ -12,7 +12,7 @@ use tonic::{Code, Streaming};
 use super::model::Model;
 use super::watched::{Scope, Watched};
 use super::work::{SITES, Work};
-use super::writer::{prepare, write_plainly};
+use super::writer::{flood, prepare, write_plainly};
 use crate::support::database::{connect, database};
 use crate::support::line::Bearer;
 use crate::support::private::{Private, Shutdown};
@@ -40,7 +40,17 @@ impl Watch {
         let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc)).expect("an address is a URI");
         let endpoint = endpoint.initial_stream_window_size(64 << 10).initial_connection_window_size(64 << 10);
         let channel = InterceptedService::new(endpoint.connect().await.expect("it listens"), Bearer::new(token));
-        let stream = StoredEvent::open(channel, &scope, None).await.expect("a watch");
+        let began = Instant::now();
+        let stream = loop {
+            match StoredEvent::open(channel.clone(), &scope, None).await {
+                Ok(stream) => break stream,
+                // The database has just come back.
+                Err(status) if status.code() == Code::Unavailable && began.elapsed() < Duration::from_secs(20) => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                Err(status) => panic!("{status:?}"),
+            }
+        };
         let mut watch = Self { stream, model: Model::new(scope) };
         watch.model.opened();
         while !watch.model.is_live() {
@@ -109,9 +119,10 @@ async fn watchers_who_do_not_read_cost_a_server_no_memory_to_speak_of() {
         written += write_plainly(&database.admin, &work, SITES[1], written, 1_000).await;
         most = most.max(resident(&server));
     }
+    flood(&database.admin, &work).await;
     // One who reads proves that the server has heard of all of it.
     let mut reader = Watch::open(&server, &token).await;
-    assert_eq!(reader.model.rows.len() as u64, WRITTEN);
+    assert!(reader.model.rows.len() as u64 > WRITTEN);
     write_plainly(&database.admin, &work, SITES[1], written, 1).await;
     reader.until(reader.model.rows.len() + 1).await.expect("it reads all the time");
     most = most.max(resident(&server));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::error::Error;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
@@ -35,11 +35,19 @@ pub struct Place {
     pub calm: AtomicBool,
     /// Whoever dozes does not read as long as this holds.
     pub flood: AtomicBool,
+    /// So many have been told everything that was there, and hear what happens now.
+    pub live: AtomicUsize,
 }
 
 impl Place {
     pub fn new(servers: Vec<SocketAddr>, token: String) -> Arc<Self> {
-        Arc::new(Self { servers, token, calm: AtomicBool::new(false), flood: AtomicBool::new(false) })
+        Arc::new(Self {
+            servers,
+            token,
+            calm: AtomicBool::new(false),
+            flood: AtomicBool::new(false),
+            live: AtomicUsize::new(0),
+        })
     }
 
     fn is_calm(&self) -> bool {
@@ -87,6 +95,7 @@ pub struct Watcher<R> {
     model: Model<R>,
     life: Life,
     at: usize,
+    live: bool,
     trail: VecDeque<String>,
     began: Instant,
 }
@@ -108,6 +117,7 @@ impl<R: Watched> Watcher<R> {
             name: name.to_owned(),
             habits,
             at,
+            live: false,
             random,
             model: Model::new(scope.clone()),
             scope,
@@ -126,7 +136,9 @@ impl<R: Watched> Watcher<R> {
     pub async fn run(mut self, last: Vec<String>) -> Result<(BTreeMap<String, R>, Life), String> {
         let mut calm_since = None;
         loop {
-            match self.watch(&last).await {
+            let watched = self.watch(&last).await;
+            self.is_live(false);
+            match watched {
                 Ok(Over::Done) => break,
                 Ok(Over::Again) => {}
                 Err(wrong) => {
@@ -156,6 +168,14 @@ impl<R: Watched> Watcher<R> {
             self.trail.pop_front();
         }
         self.trail.push_back(format!("{:8.3} {what}", self.began.elapsed().as_secs_f64()));
+    }
+
+    fn is_live(&mut self, live: bool) {
+        match (std::mem::replace(&mut self.live, live), live) {
+            (false, true) => drop(self.place.live.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.place.live.fetch_sub(1, Ordering::Relaxed)),
+            (false, false) | (true, true) => {}
+        }
     }
 
     fn resume_in(&mut self, (least, most): (u64, u64)) -> Duration {
@@ -198,7 +218,7 @@ impl<R: Watched> Watcher<R> {
             Ok(stream) => stream,
             Err(status) => {
                 self.ended(&status)?;
-                tokio::time::sleep(Duration::from_millis(150)).await;
+                tokio::time::sleep(Duration::from_millis(400)).await;
                 return Ok(Over::Again);
             }
         };
@@ -219,6 +239,7 @@ impl<R: Watched> Watcher<R> {
             let told = R::told(message).ok_or("a message without a payload")?;
             let tally = self.model.tally;
             self.model.take(told)?;
+            self.is_live(self.model.is_live());
             let now = self.model.tally;
             if (now.starts, now.caught_up, now.went_on) != (tally.starts, tally.caught_up, tally.went_on) {
                 self.note(format!("starts {} caught up {} went on {}", now.starts, now.caught_up, now.went_on));

@@ -16,7 +16,10 @@ const AWAY_LIMIT: Duration = Duration::from_secs(60);
 const WRITING_LIMIT: Duration = Duration::from_secs(300);
 
 /// Row changes a second: slow enough for a machine that is busy to be watched meanwhile.
-const PACE: f64 = 2_000.0;
+const PACE: f64 = 3_000.0;
+
+/// Row changes of all writers' transactions that are under way together, about.
+const WRITTEN_AT_ONCE: f64 = 600.0;
 
 pub struct Work {
     pub url: String,
@@ -26,6 +29,8 @@ pub struct Work {
     pub target: u64,
     pub seed: u64,
     done: AtomicU64,
+    /// Nobody writes more than this, for now.
+    gate: AtomicU64,
     began: Instant,
 }
 
@@ -33,7 +38,7 @@ impl Work {
     pub fn new(url: String, target: u64, seed: u64) -> Self {
         let this = Utc::now().date_naive().with_day(1).expect("every month has a first day") - Months::new(1);
         let months = (0..4).map(|ahead| this + Months::new(ahead)).collect();
-        Self { url, months, target, seed, done: AtomicU64::new(0), began: Instant::now() }
+        Self { url, months, target, seed, done: AtomicU64::new(0), gate: AtomicU64::new(target), began: Instant::now() }
     }
 
     /// Row changes were committed.
@@ -41,10 +46,17 @@ impl Work {
         self.done.fetch_add(changes, Ordering::Relaxed);
     }
 
-    /// Waits until it is time for more.
+    /// Waits until it is time for more, and more may be written.
     pub async fn pace(&self) {
-        let due = Duration::from_secs_f64(self.done() as f64 / PACE);
-        tokio::time::sleep(due.saturating_sub(self.began.elapsed())).await;
+        tokio::time::sleep(Duration::from_secs_f64(WRITTEN_AT_ONCE / PACE)).await;
+        while self.done() >= self.gate.load(Ordering::Relaxed) && !self.is_over() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// From here on nobody writes more, until it is said again.
+    pub fn hold_at(&self, changes: u64) {
+        self.gate.store(changes, Ordering::Relaxed);
     }
 
     pub fn done(&self) -> u64 {

@@ -119,17 +119,17 @@ impl Writer {
     async fn once(&mut self, client: &Client) -> Outcome {
         let kind = if self.visits.len() < 10 { 0 } else { self.random.random_range(0..100) };
         match kind {
-            0..24 => self.enter(client).await,
-            24..34 => self.copy(client).await,
-            34..50 => self.rewrite_events(client).await,
-            50..62 => self.rewrite_visits(client).await,
-            62..69 => self.remove_events(client).await,
-            69..73 => self.remove_visits(client).await,
-            73..78 => self.move_visits(client).await,
-            78..84 => self.savepoints(client).await,
-            84..88 => self.think_better_of_it(client).await,
-            88..89 => self.linger(client).await,
-            89..92 => self.contend(client).await,
+            0..14 => self.enter(client).await,
+            14..22 => self.copy(client).await,
+            22..48 => self.rewrite_events(client).await,
+            48..60 => self.rewrite_visits(client).await,
+            60..67 => self.remove_events(client).await,
+            67..71 => self.remove_visits(client).await,
+            71..76 => self.move_visits(client).await,
+            76..82 => self.savepoints(client).await,
+            82..85 => self.think_better_of_it(client).await,
+            85..86 => self.linger(client).await,
+            86..88 => self.contend(client).await,
             _ => self.ring(client).await,
         }
     }

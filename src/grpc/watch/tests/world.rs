@@ -313,7 +313,9 @@ impl World {
             return Err(Lost::Slow);
         }
         let ours = |entry: &&Arc<Entry>| match &entry.what {
-            What::Row(change) => [change.before(), change.after()].iter().flatten().any(|(place, _)| place.site == site(1)),
+            What::Row(change) => {
+                [change.before(), change.after()].iter().flatten().any(|(place, _)| place.site == site(1))
+            }
             What::Anew { .. } => true,
         };
         let mut read = self.log[..self.read].iter().filter(|entry| entry.position > after);
