@@ -167,23 +167,27 @@ async fn without_a_database_events_are_refused_or_unavailable_and_never_lost_in_
 }
 
 #[tokio::test]
-async fn what_this_version_does_not_serve_says_so() {
+async fn a_watch_is_refused_for_what_is_wrong_with_it() {
     let door = door().await;
-    let calls = CallsServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .watch_calls(WatchCallsRequest::default())
-        .await;
-    let sessions = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .watch_sessions(WatchSessionsRequest::default())
-        .await;
-    let events = IngestServiceClient::with_interceptor(door.channel.clone(), with_token)
-        .watch_events(WatchEventsRequest::default())
-        .await;
-    let refused = [calls.map(drop), sessions.map(drop), events.map(drop)];
-    for (answer, rpc) in refused.into_iter().zip(["WatchCalls", "WatchSessions", "WatchEvents"]) {
-        let status = answer.expect_err("not served");
-        assert_eq!(status.code(), Code::Unimplemented);
-        assert!(status.message().contains(rpc), "{}", status.message());
+    let mut events = IngestServiceClient::with_interceptor(door.channel.clone(), with_token);
+    let mut sessions = ScoringServiceClient::with_interceptor(door.channel.clone(), with_token);
+    let mut calls = CallsServiceClient::with_interceptor(door.channel.clone(), with_token);
+    let nowhere = [
+        calls.watch_calls(WatchCallsRequest::default()).await.map(drop),
+        sessions.watch_sessions(WatchSessionsRequest::default()).await.map(drop),
+        events.watch_events(WatchEventsRequest::default()).await.map(drop),
+    ];
+    let request =
+        WatchEventsRequest { site: "a".to_owned(), session_month: Some("soon".to_owned()), ..Default::default() };
+    let never = events.watch_events(request).await.map(drop);
+    for (answer, field) in nowhere.into_iter().chain([never]).zip(["site", "site", "site", "session_month"]) {
+        let status = answer.expect_err("nothing to watch");
+        let named = status.get_details_bad_request().map(|bad| bad.field_violations[0].field.clone());
+        assert_eq!((status.code(), named.as_deref()), (Code::InvalidArgument, Some(field)));
     }
+    let request = WatchEventsRequest { site: "a".to_owned(), ..Default::default() };
+    let status = events.watch_events(request).await.expect_err("no database");
+    assert_eq!(status.code(), Code::Unavailable);
 }
 
 #[tokio::test]

@@ -62,7 +62,7 @@ impl<'r> FromSql<'r> for Decimal {
             0x4000 => "-",
             _ => return Err("a numeric that is no number".into()),
         };
-        if usize::from(*count) != digits.len() || raw.len() % 2 != 0 || digits.iter().any(|digit| *digit > 9999) {
+        if usize::from(*count) != digits.len() || !raw.len().is_multiple_of(2) || digits.iter().any(|digit| *digit > 9999) {
             return Err("no numeric".into());
         }
         // The weight says which power of ten thousand the first digit has.

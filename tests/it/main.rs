@@ -30,4 +30,5 @@ mod stream;
 mod support;
 mod telephony;
 mod tls;
+mod watch;
 mod worker;
