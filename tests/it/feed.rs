@@ -5,6 +5,7 @@ mod door;
 mod model;
 mod proof;
 mod rows;
+mod seed;
 mod unfit;
 mod watched;
 mod watcher;

@@ -10,9 +10,10 @@ use tonic::transport::Endpoint;
 use tonic::{Code, Streaming};
 
 use super::model::Model;
+use super::seed::{flood, prepare, write_plainly};
 use super::watched::{Scope, Watched};
 use super::work::{SITES, Work};
-use super::writer::{flood, prepare, write_plainly};
+
 use crate::support::database::{connect, database};
 use crate::support::line::Bearer;
 use crate::support::private::{Private, Shutdown};

@@ -17,10 +17,11 @@ use uuid::Uuid;
 
 use super::door::Door;
 use super::rows::{Stored, expected};
+use super::seed::{flood, prepare};
 use super::watched::{Scope, Watched};
 use super::watcher::{Habits, Life, Place, Watcher};
 use super::work::{SITES, Work};
-use super::writer::{Writer, flood, prepare};
+use super::writer::Writer;
 use crate::support::calls::KEY;
 use crate::support::private::{Private, Shutdown};
 use crate::support::process::Server;

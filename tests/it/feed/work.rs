@@ -31,14 +31,13 @@ pub struct Work {
     done: AtomicU64,
     /// Nobody writes more than this, for now.
     gate: AtomicU64,
-    began: Instant,
 }
 
 impl Work {
     pub fn new(url: String, target: u64, seed: u64) -> Self {
         let this = Utc::now().date_naive().with_day(1).expect("every month has a first day") - Months::new(1);
         let months = (0..4).map(|ahead| this + Months::new(ahead)).collect();
-        Self { url, months, target, seed, done: AtomicU64::new(0), gate: AtomicU64::new(target), began: Instant::now() }
+        Self { url, months, target, seed, done: AtomicU64::new(0), gate: AtomicU64::new(target) }
     }
 
     /// Row changes were committed.
