@@ -19,7 +19,7 @@ from grpc_status import rpc_status
 
 import connect
 from opsmantik.v1 import call_pb2, calls_pb2, calls_pb2_grpc, event_pb2, ingest_pb2, ingest_pb2_grpc
-from opsmantik.v1 import rejection_pb2, scoring_pb2, scoring_pb2_grpc, session_pb2, signal_pb2
+from opsmantik.v1 import rejection_pb2, scoring_pb2, scoring_pb2_grpc, session_pb2, signal_pb2, watch_pb2
 
 SITE = sys.argv[1]
 NUMBER, CALLER = "+12025550123", "+12025550187"
@@ -46,6 +46,11 @@ def refused(code, call, *arguments, **options):
         equal(error.code(), code)
         return error
     raise AssertionError(f"expected {code}, found an answer")
+
+
+def ended(code, call, request):
+    """The error of a stream that must end with this code before it tells anything."""
+    return refused(code, lambda request, **options: next(call(request, **options)), request)
 
 
 def violations(error):
@@ -196,6 +201,84 @@ def test_calls():
     owed = calls_pb2.ConfirmCall(sale_amount=call_pb2.Money(currency_code="USD", units=-1))
     refused(grpc.StatusCode.INVALID_ARGUMENT, calls.ReviewCall,
             calls_pb2.ReviewCallRequest(site=SITE, call_id=call.id, confirm=owed))
+
+
+class Watch:
+    """A watch of this site, message by message."""
+
+    def __init__(self, call, request):
+        self.stream = call(request, timeout=30)
+
+    def until(self, wanted):
+        """What is told until a message is wanted, which is the last of them; heartbeats aside."""
+        told = []
+        for message in self.stream:
+            equal(len(message.resume_token) in range(1, 257), True)
+            if message.WhichOneof("payload") != "heartbeat":
+                told.append(message)
+                if wanted(message):
+                    return told
+        raise AssertionError("a watch has no end")
+
+    def snapshot(self):
+        """The rows that are there."""
+        start, *rows, end = self.until(lambda message: message.WhichOneof("payload") == "snapshot_end")
+        equal(start.WhichOneof("payload"), "snapshot_start")
+        equal({row.change.kind for row in rows} - {watch_pb2.CHANGE_KIND_SNAPSHOT}, set())
+        equal(any(row.change.HasField("old") or row.change.HasField("committed_at") for row in rows), False)
+        return [row.change.new for row in rows], end.resume_token
+
+    def change(self, key):
+        """The first change of a row that comes, with its token."""
+        told = self.until(lambda message: message.HasField("change") and key in str(message.change.new))
+        return told[-1].change, told[-1].resume_token
+
+
+def test_watch():
+    visit, now = str(uuid.uuid4()), Timestamp()
+    now.GetCurrentTime()
+    first, second, third = (event(visit, action=f"step-{n}") for n in range(3))
+    session = store(first)[0].stored.session
+    request = ingest_pb2.WatchEventsRequest(site=SITE, session_month=session.session_month)
+    events = Watch(ingest.WatchEvents, request)
+    sessions = Watch(scoring.WatchSessions, scoring_pb2.WatchSessionsRequest(site=SITE))
+    rung = Watch(calls.WatchCalls, calls_pb2.WatchCallsRequest(site=SITE))
+    equal(first.id in [row.id for row in events.snapshot()[0]], True)
+    equal(session in [row.key for row in sessions.snapshot()[0]], True)
+    rung.snapshot()
+
+    store(second)
+    change, token = events.change(second.id)
+    equal((change.kind, change.HasField("old"), change.new.action), (watch_pb2.CHANGE_KIND_INSERT, False, "step-1"))
+    equal(change.HasField("committed_at"), True)
+    change, _ = sessions.change(visit)
+    equal((change.kind, change.old.key, change.new.key), (watch_pb2.CHANGE_KIND_UPDATE, session, session))
+    equal((change.old.event_count, change.new.event_count), (1, 2))
+    pushed = call_pb2.PushedCall(
+        site=SITE,
+        key=call_pb2.ProviderCallKey(provider="watch", provider_call_id=str(uuid.uuid4())),
+        dialled_number="+12025550199",
+        started_at=now,
+    )
+    recorded = calls.RecordCall(calls_pb2.RecordCallRequest(call=pushed), timeout=10).recorded.call
+    change, _ = rung.change(recorded.id)
+    equal((change.kind, change.new), (watch_pb2.CHANGE_KIND_INSERT, recorded))
+
+    # Whoever comes back is told what happened meanwhile, and nothing of before.
+    events.stream.cancel()
+    store(third)
+    request.resume_token = token
+    told = Watch(ingest.WatchEvents, request).until(lambda message: third.id in str(message))
+    equal([row.change.new.id for row in told if row.HasField("change")], [third.id])
+    other = scoring_pb2.WatchSessionsRequest(site=SITE, resume_token=token)
+    ended(grpc.StatusCode.INVALID_ARGUMENT, scoring.WatchSessions, other)
+    request.resume_token = token[:-4]
+    ended(grpc.StatusCode.INVALID_ARGUMENT, ingest.WatchEvents, request)
+    bad = ingest_pb2.WatchEventsRequest(site=SITE, session_month="2026-11-02")
+    error = ended(grpc.StatusCode.INVALID_ARGUMENT, ingest.WatchEvents, bad)
+    equal(violations(error), [("session_month", "REJECTION_REASON_INVALID")])
+    foreign = calls_pb2.WatchCallsRequest(site=str(uuid.uuid4()))
+    ended(grpc.StatusCode.PERMISSION_DENIED, calls.WatchCalls, foreign)
 
 
 def test_errors():

@@ -32,6 +32,9 @@ def _generate():
 
 _generate()
 
+# A connection that is lost without a word is noticed; one that is refused is tried again before long.
+_OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_reconnect_backoff_ms", 10_000)]
+
 
 class _Details(
     collections.namedtuple("_Details", "method timeout metadata credentials wait_for_ready compression"),
@@ -66,8 +69,8 @@ def bare_channel():
     """A channel without a token: enough for health, and for nothing else."""
     address, authority = os.environ.get("OPSMANTIK_ADDR", "127.0.0.1:50051"), os.environ.get("OPSMANTIK_CA")
     if authority is None:
-        return grpc.insecure_channel(address)
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(pathlib.Path(authority).read_bytes()))
+        return grpc.insecure_channel(address, _OPTIONS)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(pathlib.Path(authority).read_bytes()), _OPTIONS)
 
 
 def channel(token=None):

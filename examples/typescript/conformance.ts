@@ -19,6 +19,7 @@ import {
 } from "./gen/grpc/reflection/v1/reflection.js";
 import { CallStatus, MatchMethod, PushedCall, ReviewStatus } from "./gen/opsmantik/v1/call.js";
 import {
+  type CallChange,
   CallsServiceClient,
   GetCallRequest,
   ListCallsRequest,
@@ -26,18 +27,29 @@ import {
   RecordCallsRequest,
   RecordEffect,
   ReviewCallRequest,
+  type WatchCallsResponse,
 } from "./gen/opsmantik/v1/calls.js";
 import { Event } from "./gen/opsmantik/v1/event.js";
-import { IngestRequest, type IngestResult, IngestServiceClient, type StreamIngestResponse } from "./gen/opsmantik/v1/ingest.js";
+import {
+  type EventChange,
+  IngestRequest,
+  type IngestResult,
+  IngestServiceClient,
+  type StreamIngestResponse,
+  type WatchEventsResponse,
+} from "./gen/opsmantik/v1/ingest.js";
 import { RejectionReason } from "./gen/opsmantik/v1/rejection.js";
 import {
   GetSessionScoreRequest,
   ListTopSessionsRequest,
   ScoreSignalsRequest,
   ScoringServiceClient,
+  type SessionChange,
+  type WatchSessionsResponse,
 } from "./gen/opsmantik/v1/scoring.js";
 import { Attribution, ClickIdOrigin, type Session, type SessionKey } from "./gen/opsmantik/v1/session.js";
 import { Signal } from "./gen/opsmantik/v1/signal.js";
+import { ChangeKind } from "./gen/opsmantik/v1/watch.js";
 
 const site = process.argv[2] ?? "";
 const [number, caller] = ["+12025550123", "+12025550187"];
@@ -86,6 +98,58 @@ function sessionOf(result: IngestResult | undefined): SessionKey {
 
 const scoreOf = (session: SessionKey, client = scoring) =>
   ask(client, client.getSessionScore, GetSessionScoreRequest.fromPartial({ session }));
+
+type Told = WatchEventsResponse | WatchSessionsResponse | WatchCallsResponse;
+
+/** A watch, message by message. */
+class Watch {
+  readonly messages: AsyncIterator<Told>;
+
+  constructor(readonly stream: ClientReadableStream<Told>) {
+    this.messages = (stream as AsyncIterable<Told>)[Symbol.asyncIterator]();
+  }
+
+  /** What is told until a message is wanted, which is the last of them; heartbeats aside. */
+  async until(wanted: (message: Told) => boolean): Promise<Told[]> {
+    const told: Told[] = [];
+    for (;;) {
+      const { value, done } = await this.messages.next();
+      assert.ok(!done, "a watch has no end");
+      assert.ok(value.resumeToken.length >= 1 && value.resumeToken.length <= 256);
+      if (value.payload?.$case === "heartbeat") continue;
+      told.push(value);
+      if (wanted(value)) return told;
+    }
+  }
+
+  /** The rows that are there. */
+  async snapshot() {
+    const told = await this.until((message) => message.payload?.$case === "snapshotEnd");
+    assert.equal(told.shift()?.payload?.$case, "snapshotStart");
+    told.pop();
+    return told.map(changeOf).map((change) => {
+      assert.equal(change.kind, ChangeKind.CHANGE_KIND_SNAPSHOT);
+      assert.deepEqual([change.old, change.committedAt], [undefined, undefined]);
+      return change.new;
+    });
+  }
+
+  /** The first change of a row that comes, with its token. */
+  async change(key: string) {
+    const about = ({ payload }: Told) => payload?.$case === "change" && JSON.stringify(payload.value.new).includes(key);
+    const last = (await this.until(about)).at(-1);
+    assert.ok(last);
+    return { change: changeOf(last), token: last.resumeToken };
+  }
+
+  /** The error of a watch that tells nothing. */
+  refused = (code: status) => refused(code, this.messages.next());
+}
+
+function changeOf({ payload }: Told): EventChange | SessionChange | CallChange {
+  assert.ok(payload?.$case === "change");
+  return payload.value;
+}
 
 /** Reads a stream to its end; the error of one that does not end well. */
 async function drained(stream: ClientReadableStream<HealthCheckResponse>): Promise<ServiceError | undefined> {
@@ -242,6 +306,55 @@ const parts: Record<string, () => Promise<void>> = {
     assert.equal((await review({ $case: "reopen", value: {} }))?.status, ReviewStatus.REVIEW_STATUS_OPEN);
     const owed = review({ $case: "confirm", value: { saleAmount: { ...saleAmount, units: -1, nanos: 0 } } });
     await refused(status.INVALID_ARGUMENT, owed);
+  },
+
+  async watch() {
+    const visit = randomUUID();
+    const [first, second, third] = [0, 1, 2].map((n) => event(visit, { action: `step-${n}` }));
+    assert.ok(first && second && third);
+    const session = sessionOf((await store(first))[0]);
+    const month = { site, sessionMonth: session.sessionMonth };
+    const open = {
+      events: (resumeToken?: string) => new Watch(ingest.watchEvents({ ...month, resumeToken }, new Metadata(), within(30))),
+      sessions: (resumeToken?: string) => new Watch(scoring.watchSessions({ site, resumeToken }, new Metadata(), within(30))),
+      calls: (site: string) => new Watch(calls.watchCalls({ site }, new Metadata(), within(30))),
+    };
+    const [events, sessions, rung] = [open.events(), open.sessions(), open.calls(site)];
+    assert.ok((await events.snapshot()).some((row) => row && "url" in row && row.id === first.id));
+    assert.ok((await sessions.snapshot()).some((row) => row && "eventCount" in row && row.key?.sessionId === visit));
+    await rung.snapshot();
+
+    await store(second);
+    const { change, token } = await events.change(second.id ?? "");
+    assert.deepEqual([change.kind, change.old], [ChangeKind.CHANGE_KIND_INSERT, undefined]);
+    assert.ok(change.committedAt && change.new && "action" in change.new && change.new.action === "step-1");
+    const merged = (await sessions.change(visit)).change;
+    assert.equal(merged.kind, ChangeKind.CHANGE_KIND_UPDATE);
+    assert.ok(merged.old && "eventCount" in merged.old && merged.new && "eventCount" in merged.new);
+    assert.deepEqual([merged.old.key, merged.old.eventCount, merged.new.eventCount], [session, 1, 2]);
+    const pushed = PushedCall.fromPartial({
+      site,
+      key: { provider: "watch", providerCallId: randomUUID() },
+      dialledNumber: "+12025550199",
+      startedAt: new Date(),
+    });
+    const { recorded } = await ask(calls, calls.recordCall, RecordCallRequest.fromPartial({ call: pushed }));
+    const arrived = (await rung.change(recorded?.call?.id ?? "none")).change;
+    assert.deepEqual([arrived.kind, arrived.new], [ChangeKind.CHANGE_KIND_INSERT, recorded?.call]);
+
+    // Whoever comes back is told what happened meanwhile, and nothing of before.
+    events.stream.on("error", () => {}).cancel();
+    await store(third);
+    const back = open.events(token);
+    const told = await back.until((message) => JSON.stringify(message).includes(third.id ?? "none"));
+    const rows = told.filter((message) => message.payload?.$case === "change").map((message) => changeOf(message).new);
+    assert.deepEqual(rows.map((row) => row && "url" in row && row.id), [third.id]);
+    await open.sessions(token).refused(status.INVALID_ARGUMENT);
+    await open.events(token.slice(0, -4)).refused(status.INVALID_ARGUMENT);
+    const bad = new Watch(ingest.watchEvents({ site, sessionMonth: "2026-11-02" }, new Metadata(), within(10)));
+    assert.deepEqual(violations(await bad.refused(status.INVALID_ARGUMENT)), [["session_month", "REJECTION_REASON_INVALID"]]);
+    await open.calls(randomUUID()).refused(status.PERMISSION_DENIED);
+    for (const watch of [back, sessions, rung]) watch.stream.on("error", () => {}).cancel();
   },
 
   async errors() {

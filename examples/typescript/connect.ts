@@ -32,7 +32,9 @@ export function bearer(token = process.env["OPSMANTIK_TOKEN"] ?? ""): Partial<Cl
         proceed(metadata, listener);
       },
     });
-  return { interceptors: [withToken] };
+  // A connection that is lost without a word is noticed; one that is refused is tried again before long.
+  const patience = { "grpc.keepalive_time_ms": 30_000, "grpc.max_reconnect_backoff_ms": 10_000 };
+  return { interceptors: [withToken], ...patience };
 }
 
 /** The moment until which a call may take. */

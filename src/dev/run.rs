@@ -197,6 +197,9 @@ OpsMantik is running. Ctrl-C stops it; the data stays.
                 "dialled_number":"+12025550123","caller_number":"+12025550187","started_at":"'"$(date -u +%FT%TZ)"'"}}}}'
               # It finds the visit that clicked on the telephone link, if there is one.
 
+  Watch       rpc IngestService/WatchEvents '{{"site":"{public_id}"}}'
+              # What is there, then each event as it is stored: click on the page meanwhile. Ctrl-C ends it.
+
   Commands    DATABASE_URL={database} opsmantik token list
 
   SQL         {psql}

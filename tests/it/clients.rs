@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::support::calls::KEY;
 use crate::support::database::{Database, database};
-use crate::support::process::Server;
+use crate::support::process::{Program, Server};
 
 const PYTHON: Tool = Tool::PythonProject(PythonProject {
     name: "examples",
@@ -28,8 +28,8 @@ const TYPESCRIPT: Tool = Tool::NpmProject(NpmProject {
 });
 
 /// The parts of the contract that this version serves.
-const SERVED: [&str; 9] =
-    ["ingest", "stream", "scoring", "calls", "errors", "deadline", "cancellation", "health", "reflection"];
+const SERVED: [&str; 10] =
+    ["ingest", "stream", "scoring", "calls", "watch", "errors", "deadline", "cancellation", "health", "reflection"];
 /// No program of a client takes longer, compiling included.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -67,17 +67,71 @@ impl Judged {
     }
 }
 
-/// Runs a program to its end, which must be a good one.
-async fn run(mut command: Command, folder: &Path) -> String {
-    // A proxy of the machine's is not for the loopback.
+/// A proxy of the machine's is not for the loopback.
+fn without_proxy(command: &mut Command) {
     for proxy in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "grpc_proxy"] {
         command.env_remove(proxy);
     }
+}
+
+/// Runs a program to its end, which must be a good one.
+async fn run(mut command: Command, folder: &Path) -> String {
+    without_proxy(&mut command);
     let ended = tokio::time::timeout(LIMIT, command.current_dir(folder).kill_on_drop(true).output()).await;
     let output = ended.unwrap_or_else(|_| panic!("{command:?} does not end")).expect("the program starts");
     let [said, complained] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     assert!(output.status.success(), "{command:?} ended with {}\n{said}\n{complained}", output.status);
     said
+}
+
+/// Runs the example that watches, and leaves it alone: it goes on after its server was killed and is there again, and ends when its token is
+/// revoked.
+async fn watches_by_itself(program: &Path, script: &[&str], folder: &Path) {
+    let Judged { database, server } = Judged::start().await;
+    let site = database.site("windows").await.id;
+    let token = database.token(&[Scope::EventsRead], Some(site)).await;
+    let mut command = Command::new(program);
+    command.args(script).args(["windows", "events"]).current_dir(folder);
+    command.env("OPSMANTIK_ADDR", server.grpc.to_string()).env("OPSMANTIK_TOKEN", token);
+    without_proxy(&mut command);
+    let by_hand = async |what: &str| {
+        let visit = "INSERT INTO sessions (site_id, created_month, id, created_at, last_seen_at, event_count, entry_page, attribution, \
+             traffic_source, traffic_medium, lead_score) SELECT id, date_trunc('month', now() AT TIME ZONE 'UTC')::date, gen_random_uuid(), \
+             now(), now(), 1, '/', 'Organic/Referral', 'Direct', 'direct', 0 FROM sites WHERE public_id = 'windows' RETURNING *";
+        let event = format!(
+            "WITH visit AS ({visit}) INSERT INTO events (site_id, session_month, id, session_id, created_at, occurred_at, url, \
+             event_category, event_action, lead_score) \
+             SELECT site_id, created_month, gen_random_uuid(), id, now(), now(), '/', 'system', '{what}', 0 FROM visit"
+        );
+        database.admin.execute(&event, &[]).await.expect("a row by hand");
+    };
+    let tells = async |watcher: &mut Program, what: &str| {
+        watcher.until(what, |said| said.contains(&format!("\"{what}\"")).then_some(())).await;
+    };
+
+    by_hand("there-before").await;
+    let mut watcher = Program::of(command);
+    tells(&mut watcher, "there-before").await;
+    by_hand("while-it-watches").await;
+    tells(&mut watcher, "while-it-watches").await;
+    let address = server.grpc.to_string();
+    server.program.kill().await;
+    by_hand("while-nobody-serves").await;
+    let _server = Server::start_with(&database.url, &[("CALLER_KEY", KEY), ("GRPC_ADDR", &address)]).await;
+    tells(&mut watcher, "while-nobody-serves").await;
+    by_hand("at-last").await;
+    tells(&mut watcher, "at-last").await;
+
+    let said = watcher.said();
+    assert_eq!(said.matches("ANEW").count(), 1, "it went on where it was: {said}");
+    for once in ["while-nobody-serves", "at-last"] {
+        assert_eq!(said.matches(&format!("\"{once}\"")).count(), 1, "told twice: {said}");
+    }
+    assert!(said.contains("trying again"), "it says what happened: {said}");
+    database.admin.batch_execute("UPDATE api_tokens SET revoked_at = now()").await.expect("revoked");
+    let ended = watcher.ended().await;
+    assert_eq!(ended.code(), Some(1), "{}", watcher.said());
+    assert!(watcher.said().contains("UNAUTHENTICATED: "), "{}", watcher.said());
 }
 
 /// A part an argument, after the script and the site; and what is said when all of them hold.
@@ -145,15 +199,37 @@ async fn a_python_client_finds_the_server_as_the_contract_says() {
 }
 
 #[tokio::test]
-async fn a_typescript_client_compiles_strictly_and_finds_the_server_as_the_contract_says() {
-    let Some(node_modules) = tool(TYPESCRIPT).await else { return };
-    let Some(buf) = tool(BUF).await else { return };
+async fn a_python_watcher_goes_on_by_itself_after_its_server_was_killed() {
+    let Some(python) = tool(PYTHON).await else { return };
+    let workshop = Workshop::of("python");
+    watches_by_itself(&python, &["watch.py"], &workshop.client("python")).await;
+}
+
+/// The folder of the TypeScript examples with its packages and the generated clients.
+async fn typescript() -> Option<(Workshop, PathBuf)> {
+    let node_modules = tool(TYPESCRIPT).await?;
+    let buf = tool(BUF).await?;
     let workshop = Workshop::of("typescript");
     let folder = workshop.client("typescript");
     symlink(&node_modules, folder.join("node_modules")).expect("a link");
     let mut generate = Command::new(buf);
     generate.arg("generate");
     run(generate, &folder).await;
+    Some((workshop, node_modules))
+}
+
+#[tokio::test]
+async fn a_typescript_watcher_goes_on_by_itself_after_its_server_was_killed() {
+    let Some((workshop, _)) = typescript().await else { return };
+    let Some(node) = tool(Tool::Node).await else { return };
+    // As `npx tsx` does it, in one process: nothing is left of a test that fails.
+    watches_by_itself(&node, &["--import", "tsx", "watch.ts"], &workshop.client("typescript")).await;
+}
+
+#[tokio::test]
+async fn a_typescript_client_compiles_strictly_and_finds_the_server_as_the_contract_says() {
+    let Some((workshop, node_modules)) = typescript().await else { return };
+    let folder = workshop.client("typescript");
     let mut check = Command::new(node_modules.join(".bin/tsc"));
     check.arg("--noEmit");
     run(check, &folder).await;

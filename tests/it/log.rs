@@ -197,8 +197,9 @@ async fn a_row_written_by_hand_is_told_whole_before_and_after() {
     run(&database, "DELETE FROM events; TRUNCATE events").await;
     assert!(matches!(row(&mut events).await, Change::Delete { .. }), "and its mark is told by itself alone");
     assert!(matches!(entry(&mut events).await.what, What::Anew { site: None, month: None }));
-    let marks = "SELECT count(*) FROM opsmantik.vanished WHERE tab = 'events' AND cause IN ('delete', 'truncate')";
-    assert_eq!(database.count(marks).await, 2, "one for who was not there");
+    let marks =
+        "SELECT count(DISTINCT cause) FROM opsmantik.vanished WHERE tab = 'events' AND cause IN ('delete', 'truncate')";
+    assert_eq!(database.count(marks).await, 2, "one of each for who was not there");
     run(&database, &format!("SELECT opsmantik.note_vanished('sessions', '2026-03-01', '{shop}', 'detach')")).await;
     let told = entry(&mut visits).await;
     let What::Anew { site: Some(site), month: Some(month) } = &told.what else { panic!("{told:?}") };

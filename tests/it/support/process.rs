@@ -68,8 +68,13 @@ pub struct Program {
 
 impl Program {
     pub fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
-        let mut command = command(args, env);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
+        Self::of(command(args, env))
+    }
+
+    /// Any program.
+    pub fn of(mut command: Command) -> Self {
+        command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program runs");
         let said = Arc::<Mutex<String>>::default();
         tokio::spawn(listen(child.stdout.take().expect("it is piped"), said.clone()));
         tokio::spawn(listen(child.stderr.take().expect("it is piped"), said.clone()));
