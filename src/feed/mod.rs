@@ -8,12 +8,12 @@
 //! [`Subscription::covers`] says whether what a query saw and what the log tells from here on leave no gap.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{self, Arc};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -101,8 +101,10 @@ pub struct FeedOptions {
     pub linger: Duration,
     /// As many may listen.
     pub subscribers: usize,
-    /// No start takes longer.
+    /// No start takes longer. It waits for transactions that write, whoever's they are.
     pub start_limit: Duration,
+    /// No subscriber waits longer for a start; it goes on without them.
+    pub patience: Duration,
     /// After a start that failed, the next is tried no sooner.
     pub back_off: Duration,
 }
@@ -113,7 +115,8 @@ impl Default for FeedOptions {
             log_bytes: 64 << 20,
             linger: Duration::from_secs(5 * 60),
             subscribers: 1000,
-            start_limit: Duration::from_secs(10),
+            start_limit: Duration::from_secs(30),
+            patience: Duration::from_secs(10),
             back_off: Duration::from_secs(2),
         }
     }
@@ -138,8 +141,7 @@ enum Inner {
 struct Engine {
     places: Places,
     options: FeedOptions,
-    /// Held while the feed begins, so that it begins once.
-    running: Mutex<Running>,
+    running: Arc<sync::Mutex<Running>>,
     looked: Mutex<Option<(Instant, Option<String>)>>,
     stop: CancellationToken,
     /// A feed whose last handle is gone ends.
@@ -151,7 +153,13 @@ struct Engine {
 #[derive(Default)]
 struct Running {
     shared: Option<Arc<Shared>>,
+    /// There while it begins, so that it begins once.
+    beginning: Option<watch::Receiver<()>>,
     failed: Option<(Instant, FeedError)>,
+}
+
+fn running(state: &sync::Mutex<Running>) -> sync::MutexGuard<'_, Running> {
+    state.lock().unwrap_or_else(sync::PoisonError::into_inner)
 }
 
 impl fmt::Debug for Feed {
@@ -187,7 +195,7 @@ impl Feed {
         let engine = Engine {
             places: Places { store, direct: to, same: direct.is_none_or(|url| url == database_url) },
             options,
-            running: Mutex::default(),
+            running: Arc::default(),
             looked: Mutex::default(),
             _end: stop.clone().drop_guard(),
             stop,
@@ -218,8 +226,8 @@ impl Feed {
     pub async fn stopped(&self) {
         if let Inner::Fit(engine) = &*self.inner {
             engine.stop.cancelled().await;
-            // Nobody begins anew from here on, and who was about to has ended.
-            drop(engine.running.lock().await);
+            // Nobody begins anew from here on.
+            drop(running(&engine.running));
             engine.tasks.close();
             engine.tasks.wait().await;
         }
@@ -228,47 +236,70 @@ impl Feed {
 
 impl Engine {
     async fn subscribe(&self, table: Table, site: SiteId) -> Result<Subscription, FeedError> {
-        let mut running = self.running.lock().await;
-        if self.stop.is_cancelled() {
-            return Err(FeedError::Away);
-        }
-        if let Some(shared) = &running.shared {
-            match shared.enter(table, site, self.options.subscribers) {
-                Entered::In(subscription) => return Ok(subscription),
-                Entered::Full => return Err(FeedError::Full),
-                Entered::Over => running.shared = None,
+        let asked = Instant::now();
+        let late = tokio::time::Instant::now() + self.options.patience;
+        loop {
+            let mut begun = {
+                let mut running = running(&self.running);
+                if self.stop.is_cancelled() {
+                    return Err(FeedError::Away);
+                }
+                if let Some(shared) = &running.shared {
+                    match shared.enter(table, site, self.options.subscribers) {
+                        Entered::In(subscription) => return Ok(subscription),
+                        Entered::Full => return Err(FeedError::Full),
+                        Entered::Over => running.shared = None,
+                    }
+                }
+                let just_now = |at: &Instant| *at >= asked || at.elapsed() < self.options.back_off;
+                if let Some((_, error)) = running.failed.as_ref().filter(|(at, _)| just_now(at)) {
+                    return Err(error.clone());
+                }
+                running.beginning.get_or_insert_with(|| self.begin()).clone()
+            };
+            // Who goes meanwhile leaves it to the next: what was waited for is not lost.
+            if tokio::time::timeout_at(late, begun.changed()).await.is_err() {
+                return Err(FeedError::Away);
             }
         }
-        if let Some((_, error)) = running.failed.as_ref().filter(|(at, _)| at.elapsed() < self.options.back_off) {
-            return Err(error.clone());
-        }
-        let limit = self.options.start_limit;
-        let started = tokio::select! {
-            () = self.stop.cancelled() => return Err(FeedError::Away),
-            started = tokio::time::timeout(limit, self.places.start(limit)) => started,
-        };
-        let source = started.unwrap_or_else(|_| {
-            let seconds = self.options.start_limit.as_secs();
-            tracing::warn!(
-                "the change feed cannot begin within {seconds} s: a long transaction that writes holds it up"
-            );
-            Err(FeedError::Away)
+    }
+
+    /// Begins in the background. What is returned resolves when that has come to an end.
+    fn begin(&self) -> watch::Receiver<()> {
+        let (done, begun) = watch::channel(());
+        let (places, options, stop) = (self.places.clone(), self.options.clone(), self.stop.clone());
+        let (state, broke, tasks) = (self.running.clone(), self.broke.clone(), self.tasks.clone());
+        self.tasks.spawn(async move {
+            let limit = options.start_limit;
+            let source = tokio::select! {
+                () = stop.cancelled() => Err(FeedError::Away),
+                started = tokio::time::timeout(limit, places.start(limit)) => started.unwrap_or_else(|_| {
+                    tracing::warn!(
+                        "the change feed cannot begin within {} s: transactions that write hold it up",
+                        limit.as_secs()
+                    );
+                    Err(FeedError::Away)
+                }),
+            };
+            let mut running = running(&state);
+            running.beginning = None;
+            match source {
+                Err(error) => running.failed = Some((Instant::now(), error)),
+                Ok(source) => {
+                    running.failed = None;
+                    if broke.swap(false, Ordering::Relaxed) {
+                        metrics::counter!(telemetry::FEED_RESTARTS_TOTAL).increment(1);
+                    }
+                    tracing::info!("the change feed begins");
+                    let (shared, task) = reader::run(source, places, &options, stop);
+                    tasks.spawn(async move { broke.fetch_or(task.await, Ordering::Relaxed) });
+                    running.shared = Some(shared);
+                }
+            }
+            drop(running);
+            drop(done);
         });
-        let source = source.inspect_err(|error| running.failed = Some((Instant::now(), error.clone())))?;
-        running.failed = None;
-        if self.broke.swap(false, Ordering::Relaxed) {
-            metrics::counter!(telemetry::FEED_RESTARTS_TOTAL).increment(1);
-        }
-        tracing::info!("the change feed begins");
-        let (shared, task) = reader::run(source, self.places.clone(), &self.options, self.stop.clone());
-        let broke = self.broke.clone();
-        self.tasks.spawn(async move { broke.fetch_or(task.await, Ordering::Relaxed) });
-        running.shared = Some(shared.clone());
-        match shared.enter(table, site, self.options.subscribers) {
-            Entered::In(subscription) => Ok(subscription),
-            Entered::Full => Err(FeedError::Full),
-            Entered::Over => Err(FeedError::Away),
-        }
+        begun
     }
 
     async fn obstacle(&self) -> Option<String> {
@@ -276,17 +307,14 @@ impl Engine {
         if let Some((_, answer)) = looked.as_ref().filter(|(at, _)| at.elapsed() < LOOK_AGAIN) {
             return answer.clone();
         }
-        // Who holds it begins just now: then nothing is known to be in the way.
-        let (runs, refused) = match self.running.try_lock() {
-            Err(_) => (true, None),
-            Ok(running) => {
-                let runs = running.shared.as_ref().is_some_and(|shared| !shared.state().over);
-                let refused = running.failed.as_ref().and_then(|(_, error)| match error {
-                    FeedError::Unfit(why) => Some(why.clone()),
-                    _ => None,
-                });
-                (runs, refused)
-            }
+        let (runs, refused) = {
+            let running = running(&self.running);
+            let runs = running.shared.as_ref().is_some_and(|shared| !shared.state().over);
+            let refused = running.failed.as_ref().and_then(|(_, error)| match error {
+                FeedError::Unfit(why) => Some(why.clone()),
+                _ => None,
+            });
+            (runs || running.beginning.is_some(), refused)
         };
         // What a query cannot see the last attempt may have met.
         let seen = tokio::time::timeout(LOOK_LIMIT, self.places.obstacle(runs)).await.ok().flatten();

@@ -45,7 +45,14 @@ impl Rig {
     }
 
     async fn watch(&self, table: Table, site: SiteId) -> Subscription {
-        self.feed.subscribe(table, site).await.expect("the log can be read")
+        let late = Instant::now() + LIMIT;
+        loop {
+            match self.feed.subscribe(table, site).await {
+                // It waits for writers of the whole cluster, in which other tests have transactions open.
+                Err(FeedError::Away) if Instant::now() < late => tokio::time::sleep(Duration::from_millis(100)).await,
+                subscribed => return subscribed.expect("the log can be read"),
+            }
+        }
     }
 }
 

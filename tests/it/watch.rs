@@ -1,13 +1,15 @@
 //! The windows: a watch shows what is there and then what happens, whoever writes it, and goes on where it was left.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use opsmantik::access::{Gate, UserTokens};
 use opsmantik::calls::Calls;
 use opsmantik::directory::Directory;
 use opsmantik::domain::access::Scope;
-use opsmantik::feed::{Feed, FeedOptions};
+use opsmantik::domain::change::Table;
+use opsmantik::domain::id::SiteId;
+use opsmantik::feed::{Feed, FeedError, FeedOptions};
 use opsmantik::grpc::proto::calls_service_client::CallsServiceClient;
 use opsmantik::grpc::proto::ingest_service_client::IngestServiceClient;
 use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
@@ -27,6 +29,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt;
+use uuid::Uuid;
 
 use crate::access::people;
 use crate::support::database::{Database, database};
@@ -50,9 +53,16 @@ impl Door {
     async fn open(database: &Database, options: FeedOptions) -> Self {
         let stop = CancellationToken::new();
         let store = Store::new(&database.url, 8).await.expect("a URL");
+        let feed = Feed::new(store.clone(), &database.url, None, options, &stop).expect("a URL");
+        // To begin it waits for writers of the whole cluster, in which other tests have transactions open.
+        let late = Instant::now() + PATIENCE * 2;
+        while let Err(error) = feed.subscribe(Table::Events, SiteId::from_uuid(Uuid::nil())).await {
+            assert!(error == FeedError::Away && Instant::now() < late, "{error}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
         let users = UserTokens { secret: Some(people::SECRET.parse().expect("a secret")), ..UserTokens::default() };
         let state = GrpcState {
-            feed: Feed::new(store.clone(), &database.url, None, options, &stop).expect("a URL"),
+            feed,
             pipeline: Pipeline::start(store.clone(), Nudge::default(), PipelineConfig::default()),
             directory: Directory::new(store.clone()),
             gate: Gate::new(store.clone()).with_users(&users).expect("a secret is enough"),

@@ -255,7 +255,7 @@ impl Writer {
         let ids: Vec<Uuid> = places.iter().map(|at| self.visits[*at].id).collect();
         let to_site = self.random.random_bool(0.5);
         let (site, month) = (self.random.random_range(0..2), self.random.random_range(0..4));
-        client.batch_execute("BEGIN; SET CONSTRAINTS events_session DEFERRED").await?;
+        client.batch_execute("BEGIN; SET CONSTRAINTS ALL DEFERRED").await?;
         let mut changes = 0;
         for (table, key, column) in [("sessions", "id", "created_month"), ("events", "session_id", "session_month")] {
             changes += if to_site {
