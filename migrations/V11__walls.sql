@@ -59,7 +59,7 @@ GRANT INSERT (site_id, user_id, role), UPDATE (role), DELETE ON public.site_memb
 -- origin that is not spelled like a browser's would be taken by some answers and refused by others.
 ALTER TABLE public.sites DROP CONSTRAINT IF EXISTS sites_name_bounded;
 ALTER TABLE public.sites ADD CONSTRAINT sites_name_bounded
-    CHECK (btrim(name) <> '' AND length(name) <= 200) NOT VALID;
+    CHECK (btrim(name) <> '' AND length(name) <= 200 AND name !~ '[[:cntrl:]]') NOT VALID;
 ALTER TABLE public.sites DROP CONSTRAINT IF EXISTS sites_domain_host;
 ALTER TABLE public.sites ADD CONSTRAINT sites_domain_host
     CHECK (octet_length(domain) <= 253
@@ -71,6 +71,11 @@ ALTER TABLE public.sites ADD CONSTRAINT sites_origins_spelled
            AND (cardinality(origins) = 0
                 OR (array_to_string(origins, ' ') ~ '^(\*|https?://[^\s/@?#*]+)( (\*|https?://[^\s/@?#*]+))*$'
                     AND cardinality(string_to_array(array_to_string(origins, ' '), ' ')) = cardinality(origins)))) NOT VALID;
+
+-- When a call was judged is a time that a calendar has: one that no message can show would hide the call.
+ALTER TABLE public.calls DROP CONSTRAINT IF EXISTS calls_reviewed_at_bounded;
+ALTER TABLE public.calls ADD CONSTRAINT calls_reviewed_at_bounded
+    CHECK (reviewed_at >= '1970-01-01 00:00:00+00' AND reviewed_at < '10000-01-01 00:00:00+00') NOT VALID;
 
 -- The server: it reads no member, no name and no owner of a site, and rewrites everything but what a row is found by.
 DROP POLICY IF EXISTS opsmantik_service ON public.site_members;

@@ -157,8 +157,14 @@ COMMENT ON FUNCTION opsmantik.check_site() IS 'The site of a session exists. As 
 CREATE OR REPLACE FUNCTION opsmantik.keep_site() RETURNS trigger
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
+-- Writers wait behind the lock below: not for long.
+SET lock_timeout = '1s'
 AS $$
 BEGIN
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        RAISE EXCEPTION 'a site is deleted, or gets another id, in a READ COMMITTED transaction: this one may not see its sessions'
+            USING ERRCODE = 'feature_not_supported';
+    END IF;
     -- Whoever is writing sessions is waited for, and whoever comes later finds the site gone. A site is deleted by hand, if ever.
     LOCK TABLE public.sessions IN SHARE ROW EXCLUSIVE MODE;
     IF EXISTS (SELECT FROM public.sessions WHERE site_id = OLD.id) THEN
@@ -265,6 +271,31 @@ COMMENT ON FUNCTION opsmantik.dress_leaf(regclass, regclass) IS
     'and grants of its parent, the trigger for TRUNCATE. Touches only what differs, so a leaf that is right is not locked.';
 
 
+CREATE OR REPLACE FUNCTION opsmantik.is_ours(rel regclass) RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT coalesce((
+        SELECT c.relkind = 'r' AND c.relowner = p.relowner
+            AND NOT EXISTS (
+                SELECT FROM pg_attribute a
+                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND NOT EXISTS (
+                    SELECT FROM pg_attribute b
+                    WHERE b.attrelid = p.oid AND b.attname = a.attname AND b.atttypid = a.atttypid AND NOT b.attisdropped))
+            AND EXISTS (
+                SELECT FROM pg_index x
+                WHERE x.indrelid = c.oid AND x.indisprimary
+                  AND (SELECT array_agg(a.attname ORDER BY k.place)
+                       FROM unnest(x.indkey::int2[]) WITH ORDINALITY AS k (num, place)
+                       JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.num)
+                      = ARRAY['site_id', CASE p.relname WHEN 'sessions' THEN 'created_month' ELSE 'session_month' END, 'id']::name[])
+        FROM pg_class c
+        JOIN pg_class p ON p.oid = format('public.%I', substring(c.relname FROM '^(sessions|events)_'))::regclass
+        WHERE c.oid = rel AND c.relname ~ '^(sessions|events)_'), false)
+$$;
+COMMENT ON FUNCTION opsmantik.is_ours(regclass) IS
+    'Whether a table with a leaf''s name was made like a leaf, by who owns the leaves. Somebody else''s would bring its owner''s triggers.';
+
 -- Supabase Realtime.
 
 CREATE OR REPLACE FUNCTION opsmantik.unpublished() RETURNS SETOF regclass
@@ -312,6 +343,7 @@ BEGIN
         WHERE p.pubname = 'supabase_realtime' AND pg_has_role(current_user, p.pubowner, 'USAGE')
           AND c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND NOT c.relispartition
           AND c.relname ~ '^(sessions|events)_\d{4}_(0[1-9]|1[0-2])$'
+          AND opsmantik.is_ours(c.oid)
     LOOP
         EXECUTE format('ALTER PUBLICATION supabase_realtime DROP TABLE %s', rel);
     END LOOP;
@@ -384,8 +416,8 @@ BEGIN
             IF EXISTS (SELECT FROM pg_inherits WHERE inhrelid = leaf AND inhparent = root AND inhdetachpending) THEN
                 EXECUTE format('ALTER TABLE %s DETACH PARTITION %s FINALIZE', root, leaf);
             END IF;
-            IF EXISTS (SELECT FROM pg_class WHERE oid = leaf AND (relkind <> 'r' OR relispartition)) THEN
-                RAISE EXCEPTION '% is in the way: it is no table that could become the partition for %', leaf, lower_bound
+            IF NOT opsmantik.is_ours(leaf) OR EXISTS (SELECT FROM pg_class WHERE oid = leaf AND relispartition) THEN
+                RAISE EXCEPTION '% is in the way: it is no table of ours that could become the partition for %', leaf, lower_bound
                     USING ERRCODE = 'wrong_object_type';
             END IF;
             -- By its size: the policies would hide its rows from us.
@@ -510,20 +542,7 @@ AS $$
     )
     SELECT f.tab, c.relname::text, f.month, f.state,
            -- A table of this name that is not one of ours has other columns, another key or another owner.
-           f.state <> 'detached' OR (
-               c.relowner = p.relowner
-               AND NOT EXISTS (
-                   SELECT FROM pg_attribute a
-                   WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND NOT EXISTS (
-                       SELECT FROM pg_attribute b
-                       WHERE b.attrelid = p.oid AND b.attname = a.attname AND b.atttypid = a.atttypid AND NOT b.attisdropped))
-               AND EXISTS (
-                   SELECT FROM pg_index x
-                   WHERE x.indrelid = c.oid AND x.indisprimary
-                     AND (SELECT array_agg(a.attname ORDER BY k.place)
-                          FROM unnest(x.indkey::int2[]) WITH ORDINALITY AS k (num, place)
-                          JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.num)
-                         = ARRAY['site_id', CASE f.tab WHEN 'sessions' THEN 'created_month' ELSE 'session_month' END, 'id']::name[])),
+           f.state <> 'detached' OR opsmantik.is_ours(c.oid),
            CASE WHEN c.reltuples >= 0 THEN c.reltuples::bigint ELSE pg_stat_get_live_tuples(c.oid) END,
            pg_total_relation_size(c.oid)
     FROM found f
@@ -540,10 +559,28 @@ DROP FUNCTION IF EXISTS opsmantik.months();
 
 REVOKE ALL ON FUNCTION opsmantik.note_truncated(), opsmantik.notes_truncate(regclass), opsmantik.prune_vanished(),
     opsmantik.is_tied(regclass, regclass), opsmantik.tie_leaf(regclass, regclass), opsmantik.check_match(),
-    opsmantik.check_site(), opsmantik.keep_site(), opsmantik.unpublished(), opsmantik.publish_leaves(), opsmantik.leaf_states()
+    opsmantik.check_site(), opsmantik.keep_site(), opsmantik.is_ours(regclass), opsmantik.unpublished(), opsmantik.publish_leaves(), opsmantik.leaf_states()
     FROM PUBLIC, anon, authenticated, service_role;
 GRANT EXECUTE ON FUNCTION opsmantik.prune_vanished() TO opsmantik_service;
 GRANT EXECUTE ON FUNCTION opsmantik.leaf_states() TO opsmantik_operator;
+
+-- A note is written in the transaction that stores events, of all sites at once. A key to the call would make it wait for whoever has
+-- locked that call, as a person may who judges it. A call that is deleted takes its note along when the notes are read.
+ALTER TABLE opsmantik.call_rematches DROP CONSTRAINT IF EXISTS call_rematches_call_id_fkey;
+
+-- Who may make tables in `public` could make one with the name of a month to come. PostgreSQL before 15 lets everybody.
+DO $$
+BEGIN
+    IF EXISTS (
+        SELECT FROM pg_namespace n, aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) AS a
+        WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE'
+    ) THEN
+        REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    END IF;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE WARNING 'everybody may make tables in the schema public: as its owner, REVOKE CREATE ON SCHEMA public FROM PUBLIC';
+END
+$$;
 
 -- How many calls a month takes its visits from, before it is dropped.
 CREATE INDEX IF NOT EXISTS calls_of_month ON public.calls (matched_session_month) WHERE matched_session_id IS NOT NULL;

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
@@ -31,8 +31,10 @@ mod matching;
 
 /// Most calls of one transaction: the gate of the site is closed meanwhile. So many of one month share one.
 pub const CHUNK: usize = 100;
-/// A conflict is tried again at once, this often.
-const CONFLICT_TRIES: usize = 10;
+/// Who has locked a call, such as a person who judges it, is waited for so long; not with the site's gate closed, but by trying again.
+const ROW_PATIENCE: Duration = Duration::from_secs(3);
+/// As that, for calls that the sweep will come back to.
+const SETTLE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often the sweep looks.
 const SWEEP_EVERY: Duration = Duration::from_secs(2);
 /// Sites that one look settles.
@@ -156,7 +158,7 @@ impl Calls {
     pub async fn record(&self, site: SiteId, pushes: &[Push]) -> Result<Vec<Recorded>, Failed> {
         debug_assert!(pushes.len() <= CHUNK, "the gate of the site is closed meanwhile");
         let _seat = self.seat(site).await?;
-        let recorded = patiently(|| record_once(&self.store, site, pushes)).await?;
+        let recorded = patiently(ROW_PATIENCE, || record_once(&self.store, site, pushes)).await?;
         for one in &recorded {
             let (effect, method) = (one.effect.name(), one.call.found.decision.method.name());
             metrics::counter!(telemetry::CALL_PUSHES_TOTAL, "effect" => effect, "method" => method).increment(1);
@@ -173,7 +175,7 @@ impl Calls {
         signature: &str,
     ) -> Result<Option<Call>, Failed> {
         let _seat = self.seat(site).await?;
-        Ok(patiently(|| review_once(&self.store, site, id, decision, signature)).await?)
+        Ok(patiently(ROW_PATIENCE, || review_once(&self.store, site, id, decision, signature)).await?)
     }
 
     /// Judges a call as a person: the policies of the database decide whether they may. Nothing if there is no such call that they may
@@ -187,7 +189,8 @@ impl Calls {
         signature: &str,
     ) -> Result<Option<Call>, Failed> {
         let _seat = self.seat(site).await?;
-        let judged = patiently(|| review_as_once(&self.store, user, site, id, decision, signature)).await?;
+        let judged =
+            patiently(ROW_PATIENCE, || review_as_once(&self.store, user, site, id, decision, signature)).await?;
         if let (Some(_), Decision::Reopen) = (&judged, decision) {
             // The database has noted it; what fails here is done by the sweep.
             if let Err(error) = settle(&self.store, site).await {
@@ -260,7 +263,7 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec
 
 /// Matches again the calls of a site that wait for it.
 pub async fn settle(store: &Store, site: SiteId) -> Result<(), Failed> {
-    while patiently(|| settle_some(store, site)).await? {}
+    while patiently(SETTLE_PATIENCE, || settle_some(store, site)).await? {}
     Ok(())
 }
 
@@ -310,6 +313,8 @@ async fn review_once(
 ) -> Result<Option<Call>, StoreError> {
     let tx = store.begin(Purpose::Serve).await?;
     locks::close(&tx, site).await?;
+    // Nobody is waited for from here on.
+    store::calls::lock(&tx, site, &[id]).await?;
     let Some(mut call) = judge(&tx, site, id, decision, signature).await? else {
         tx.rollback().await?;
         return Ok(None);
@@ -349,13 +354,17 @@ async fn judge(
 }
 
 /// Runs a transaction, again while only others were in its way.
-async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(run: impl Fn() -> F) -> Result<T, StoreError> {
-    let mut tries = 0;
+async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(
+    patience: Duration,
+    run: impl Fn() -> F,
+) -> Result<T, StoreError> {
+    let late = Instant::now() + patience;
+    let mut tries: u64 = 0;
     loop {
         match run().await {
-            Err(error) if error.fault == Fault::Conflict && tries < CONFLICT_TRIES => {
+            Err(error) if error.fault == Fault::Conflict && Instant::now() < late => {
                 tries += 1;
-                tokio::time::sleep(Duration::from_millis(rand::random_range(1..=10))).await;
+                tokio::time::sleep(Duration::from_millis(rand::random_range(1..=10) * tries.min(10))).await;
             }
             ended => return ended,
         }

@@ -8,7 +8,12 @@ const POOLER: &str = "FEED_DATABASE_URL must lead to the database itself: what a
      as a pooler does not";
 const NO_SLOT: &str = "no replication slot is free: raise max_replication_slots and restart PostgreSQL";
 const NO_SENDER: &str = "no WAL sender is free: raise max_wal_senders and restart PostgreSQL";
-const NO_PUBLICATION: &str = "the publication opsmantik_feed is missing: run `opsmantik migrate`";
+const NO_PUBLICATION: &str = "the publication opsmantik_feed is missing, or does not tell everything of sessions, events, calls and \
+     opsmantik.vanished: `DROP PUBLICATION opsmantik_feed`, then `CREATE PUBLICATION opsmantik_feed FOR TABLE public.sessions, \
+     public.events, public.calls, opsmantik.vanished WITH (publish_via_partition_root)`";
+/// Whoever watches may come again.
+pub(super) const HELD: &str = "transactions that write, or that are prepared, hold up its beginning: look for old ones in \
+     pg_stat_activity (backend_xid) and in pg_prepared_xacts";
 const STANDBY: &str = "the database is a standby: let FEED_DATABASE_URL lead to the primary";
 const WAL_LEVEL: &str = "`ALTER SYSTEM SET wal_level = logical` and restart PostgreSQL";
 /// The feed's database is not the pool's.
@@ -55,6 +60,7 @@ pub(super) fn judge(error: &LinkError, login: &str) -> FeedError {
     let cure = match code.as_str() {
         // Its name is not translated.
         "53300" if message.contains("max_wal_senders") => NO_SENDER.to_owned(),
+        "55P03" => return FeedError::Held,
         "53400" => NO_SLOT.to_owned(),
         "42501" => not_allowed(login),
         "0A000" => STANDBY.to_owned(),

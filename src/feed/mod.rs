@@ -67,6 +67,9 @@ pub enum FeedError {
     /// The log cannot be read now.
     #[error("the change log cannot be read now")]
     Away,
+    /// To begin, PostgreSQL waits for transactions that have not ended.
+    #[error("transactions that write hold up the reading of the change log")]
+    Held,
     /// As many watch as this server has room for.
     #[error("too many watch already")]
     Full,
@@ -124,6 +127,8 @@ impl Default for FeedOptions {
 
 /// An answer to whether the feed could run is good for this long.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// What held up a start may have ended since.
+const HELD_FOR: Duration = Duration::from_secs(60);
 /// A look that takes longer says nothing.
 const LOOK_LIMIT: Duration = Duration::from_secs(2);
 
@@ -259,7 +264,7 @@ impl Engine {
             };
             // Who goes meanwhile leaves it to the next: what was waited for is not lost.
             if tokio::time::timeout_at(late, begun.changed()).await.is_err() {
-                return Err(FeedError::Away);
+                return Err(FeedError::Held);
             }
         }
     }
@@ -274,11 +279,8 @@ impl Engine {
             let source = tokio::select! {
                 () = stop.cancelled() => Err(FeedError::Away),
                 started = tokio::time::timeout(limit, places.start(limit)) => started.unwrap_or_else(|_| {
-                    tracing::warn!(
-                        "the change feed cannot begin within {} s: transactions that write hold it up",
-                        limit.as_secs()
-                    );
-                    Err(FeedError::Away)
+                    tracing::warn!("the change feed cannot begin within {} s: {}", limit.as_secs(), fitness::HELD);
+                    Err(FeedError::Held)
                 }),
             };
             let mut running = running(&state);
@@ -310,9 +312,10 @@ impl Engine {
         let (runs, refused) = {
             let running = running(&self.running);
             let runs = running.shared.as_ref().is_some_and(|shared| !shared.state().over);
-            let refused = running.failed.as_ref().and_then(|(_, error)| match error {
+            let refused = running.failed.as_ref().and_then(|(at, error)| match error {
                 FeedError::Unfit(why) => Some(why.clone()),
-                _ => None,
+                FeedError::Held if at.elapsed() < HELD_FOR => Some(fitness::HELD.to_owned()),
+                FeedError::Held | FeedError::Away | FeedError::Full => None,
             });
             (runs || running.beginning.is_some(), refused)
         };

@@ -43,6 +43,8 @@ pub(super) struct Shared {
     /// Rung every beat, and at the end.
     pub beat: Notify,
     over: CancellationToken,
+    /// Cancelled when the publication does not tell everything any more: what the log says is then no longer the whole.
+    unpublished: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -77,6 +79,7 @@ impl Shared {
             }),
             beat: Notify::new(),
             over: CancellationToken::new(),
+            unpublished: CancellationToken::new(),
         }
     }
 
@@ -203,6 +206,9 @@ impl Reader {
         let broken = loop {
             tokio::select! {
                 () = stop.cancelled() => break None,
+                () = self.shared.unpublished.cancelled() => {
+                    break Some(LinkError::Protocol("the publication opsmantik_feed does not tell everything any more"));
+                }
                 message = self.link.next() => {
                     if let Err(error) = self.take(message).await {
                         break Some(error);
@@ -300,6 +306,9 @@ async fn ask(shared: Arc<Shared>, places: Places) {
         };
         match asked {
             Ok(Ok(moment)) => {
+                if !moment.published {
+                    shared.unpublished.cancel();
+                }
                 let mut state = shared.state();
                 let lag = moment.written.saturating_sub(state.log.reached().lsn);
                 metrics::gauge!(telemetry::FEED_LAG_BYTES).set(lag as f64);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rand::Rng;
 
 use super::FeedError;
-use super::fitness::{OTHER_DATABASE, judge, obstacle};
+use super::fitness::{HELD, OTHER_DATABASE, judge, obstacle};
 use super::link::{Link, LinkError, Rows};
 use crate::domain::change::Lineage;
 use crate::store::Store;
@@ -50,7 +50,7 @@ impl Places {
         }
         let (mut link, lineage, slot, start, snapshot) = self.slot(limit * 4 / 5).await.map_err(|error| {
             match error.code() {
-                "55P03" => tracing::warn!("the change feed cannot begin: a long transaction that writes holds it up"),
+                "55P03" => tracing::warn!("the change feed cannot begin: {HELD}"),
                 _ => tracing::warn!(%error, "the change feed cannot begin"),
             }
             judge(&error, self.login())

@@ -36,7 +36,7 @@ crate::statement!(
         "SELECT {COLUMNS} FROM public.calls c \
          JOIN unnest($2, $3) AS wanted (provider, provider_call_id) \
            ON c.provider = wanted.provider AND c.provider_call_id = wanted.provider_call_id \
-         WHERE c.site_id = $1 ORDER BY c.id FOR UPDATE OF c"
+         WHERE c.site_id = $1 ORDER BY c.id FOR UPDATE OF c NOWAIT"
     )
 );
 
@@ -45,7 +45,7 @@ crate::statement!(
     Months::None,
     [UUID, UUID_ARRAY],
     format!(
-        "SELECT {COLUMNS} FROM public.calls c WHERE c.site_id = $1 AND c.id = ANY ($2) ORDER BY c.id FOR UPDATE OF c"
+        "SELECT {COLUMNS} FROM public.calls c WHERE c.site_id = $1 AND c.id = ANY ($2) ORDER BY c.id FOR UPDATE OF c NOWAIT"
     )
 );
 

@@ -9,6 +9,11 @@ use tokio_postgres::types::{FromSql, Type};
 /// A value that is missing, of another type, or not to be understood.
 pub type Unreadable = Box<dyn std::error::Error + Send + Sync>;
 
+/// A table whose columns are not those that this program knows: somebody is changing the schema.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct OtherColumns(String);
+
 /// Columns that can be read by name.
 pub trait Columns {
     /// The value of a column, or why there is none to be had.
@@ -37,10 +42,10 @@ pub struct Tuple {
 impl Columns for Tuple {
     fn column<'r, T: FromSql<'r>>(&'r self, name: &str) -> Result<T, Unreadable> {
         let at = self.relation.columns.iter().position(|(column, _)| column == name);
-        let at = at.ok_or_else(|| format!("there is no column {name}"))?;
+        let at = at.ok_or_else(|| OtherColumns(format!("there is no column {name}")))?;
         let kind = &self.relation.columns[at].1;
         if !T::accepts(kind) {
-            return Err(format!("column {name} is of type {kind}").into());
+            return Err(OtherColumns(format!("column {name} is of type {kind}")).into());
         }
         T::from_sql_nullable(kind, self.values.get(at).and_then(Option::as_deref))
     }

@@ -25,9 +25,20 @@ crate::statement!(
     [],
     "SELECT current_setting('wal_level'), pg_is_in_recovery(), session_user::text, \
             coalesce((SELECT rolsuper OR rolreplication FROM pg_catalog.pg_roles WHERE rolname = session_user), false), \
-            EXISTS (SELECT FROM pg_catalog.pg_publication WHERE pubname = 'opsmantik_feed'), \
             current_setting('max_replication_slots')::int8 - (SELECT count(*) FROM pg_catalog.pg_replication_slots), \
             current_setting('max_wal_senders')::int8 - (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders())"
+);
+crate::statement!(
+    /// Whether the publication tells everything of all four tables, by their parents.
+    FEED_PUBLICATION,
+    Months::None,
+    [],
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_publication p WHERE p.pubname = 'opsmantik_feed' \
+                AND p.pubinsert AND p.pubupdate AND p.pubdelete AND p.pubtruncate AND p.pubviaroot AND 4 = ( \
+                    SELECT count(*) FROM pg_catalog.pg_publication_rel r JOIN pg_catalog.pg_class c ON c.oid = r.prrelid \
+                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                    WHERE r.prpubid = p.oid AND r.prqual IS NULL AND r.prattrs IS NULL AND (n.nspname, c.relname) IN ( \
+                        ('public', 'sessions'), ('public', 'events'), ('public', 'calls'), ('opsmantik', 'vanished'))))"
 );
 
 /// A moment of the database.
@@ -36,6 +47,8 @@ pub struct Moment {
     pub snapshot: Snapshot,
     /// The log's end, read after the snapshot was taken.
     pub written: u64,
+    /// Whether the publication tells everything.
+    pub published: bool,
 }
 
 /// Where a feed begins.
@@ -65,11 +78,12 @@ impl Store {
     pub async fn feed_moment(&self) -> Result<Moment, StoreError> {
         let tx = self.begin(Purpose::Serve).await?;
         let rows = tx.query(&FEED_MOMENT, &[]).await?;
+        let published = is_published(&tx).await?;
         tx.commit().await?;
         let row = rows.first().ok_or_else(|| StoreError::unreadable("FEED_MOMENT", "no row"))?;
         let read = || -> Result<Moment, Box<dyn std::error::Error>> {
             let (snapshot, written): (String, i64) = (row.try_get(0)?, row.try_get(1)?);
-            Ok(Moment { snapshot: snapshot.parse()?, written: u64::try_from(written)? })
+            Ok(Moment { snapshot: snapshot.parse()?, written: u64::try_from(written)?, published })
         };
         read().map_err(|why| StoreError::unreadable("FEED_MOMENT", why))
     }
@@ -94,6 +108,7 @@ impl Store {
     pub async fn feed_fitness(&self) -> Result<Fitness, StoreError> {
         let tx = self.begin(Purpose::Serve).await?;
         let rows = tx.query(&FEED_FITNESS, &[]).await?;
+        let published = is_published(&tx).await?;
         tx.commit().await?;
         let row = rows.first().ok_or_else(|| StoreError::unreadable("FEED_FITNESS", "no row"))?;
         let read = || -> Result<Fitness, tokio_postgres::Error> {
@@ -102,11 +117,17 @@ impl Store {
                 standby: row.try_get(1)?,
                 login: row.try_get(2)?,
                 may_replicate: row.try_get(3)?,
-                published: row.try_get(4)?,
-                free_slots: row.try_get(5)?,
-                free_senders: row.try_get(6)?,
+                published,
+                free_slots: row.try_get(4)?,
+                free_senders: row.try_get(5)?,
             })
         };
         read().map_err(|why| StoreError::unreadable("FEED_FITNESS", why))
     }
+}
+
+async fn is_published(tx: &Transaction<'_>) -> Result<bool, StoreError> {
+    let rows = tx.query(&FEED_PUBLICATION, &[]).await?;
+    let published = rows.first().map(|row| row.try_get(0)).transpose();
+    Ok(published.map_err(|error| StoreError::unreadable(FEED_PUBLICATION.name, error))?.unwrap_or(false))
 }

@@ -112,16 +112,17 @@ crate::statement!(
 );
 
 crate::statement!(
-    /// The first month of a table, at $2 or after it, that has a partition. Asked of the bounds, which locks no leaf.
-    NEXT_MONTH,
-    Months::None,
-    [TEXT, DATE],
-    "SELECT pg_current_snapshot()::text, (pg_current_wal_insert_lsn() - '0/0')::int8, \
-         (SELECT min(m.month) FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid \
-          CROSS JOIN LATERAL (SELECT CAST(substring(pg_get_expr(c.relpartbound, c.oid) FROM $$FROM \\('(\\d{4}-\\d\\d-\\d\\d)'$$) AS date)) \
-              AS m (month) \
-          WHERE i.inhparent = to_regclass('public.' || $1) AND NOT i.inhdetachpending \
-            AND ($2 IS NULL OR m.month >= $2))"
+    /// The first month from $2 to $3 in which the site has events, whatever the bounds of the partition that has them.
+    NEXT_MONTH_OF_EVENTS,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE],
+    "SELECT session_month FROM public.events WHERE site_id = $1 AND session_month BETWEEN $2 AND $3 ORDER BY session_month LIMIT 1"
+);
+crate::statement!(
+    NEXT_MONTH_OF_SESSIONS,
+    Months::Between(2, 3),
+    [UUID, DATE, DATE],
+    "SELECT created_month FROM public.sessions WHERE site_id = $1 AND created_month BETWEEN $2 AND $3 ORDER BY created_month LIMIT 1"
 );
 crate::statement!(
     /// Whether a transaction from $4 on took rows of the site away. $3 is NULL for all months.
@@ -133,6 +134,10 @@ crate::statement!(
                  WHERE tab = $1 AND site_id IN ($2, '00000000-0000-0000-0000-000000000000') \
                    AND ($3 IS NULL OR month IN ($3, '-infinity')) AND xid >= CAST($4 AS xid8))"
 );
+
+/// No row is earlier, and none that a month can name is later.
+const FIRST_MONTH: NaiveDate = NaiveDate::from_ymd_opt(1, 1, 1).expect("a day");
+const LAST_MONTH: NaiveDate = NaiveDate::from_ymd_opt(9999, 12, 1).expect("a day");
 
 /// What was true at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,12 +195,30 @@ impl Store {
         seen(MOMENT.name, &moment, |_| Ok(page)).map(Some)
     }
 
-    /// The first month of the table, at `from` or after it, that has a partition.
-    pub async fn watched_month(&self, table: Table, from: Option<Month>) -> Result<Seen<Option<Month>>, StoreError> {
-        let tx = self.begin(Purpose::Serve).await?;
-        let rows = tx.query(&NEXT_MONTH, &[&table.name(), &from.map(Month::first_day)]).await?;
+    /// The first month at `from` or after it in which the site has rows, under the reader's policies; none if the reader sees no such site.
+    pub async fn watched_month(
+        &self,
+        reader: Reader,
+        table: Table,
+        site: SiteId,
+        from: Option<Month>,
+    ) -> Result<Option<Seen<Option<Month>>>, StoreError> {
+        let statement: &Statement = match table {
+            Table::Events => &NEXT_MONTH_OF_EVENTS,
+            Table::Sessions | Table::Calls => &NEXT_MONTH_OF_SESSIONS,
+        };
+        let from = from.map_or(FIRST_MONTH, Month::first_day);
+        let tx = self.begin(Purpose::Read(reader)).await?;
+        let moment = tx.query(&MOMENT, &[]).await?;
+        if tx.query(&SITE_IS_SEEN, &[&site.as_uuid()]).await?.is_empty() {
+            tx.rollback().await?;
+            return Ok(None);
+        }
+        let rows = tx.query(statement, &[&site.as_uuid(), &from, &LAST_MONTH]).await?;
         tx.commit().await?;
-        seen(NEXT_MONTH.name, &rows, |row| Ok(row.try_get::<_, Option<NaiveDate>>(2)?.map(Month::containing)))
+        let month = rows.first().map(|row| row.try_get::<_, NaiveDate>(0)).transpose();
+        let month = month.map_err(|error| StoreError::unreadable(statement.name, error))?;
+        seen(MOMENT.name, &moment, |_| Ok(month.map(Month::containing))).map(Some)
     }
 
     /// Whether a transaction from `since` on took rows away that could have been seen here.

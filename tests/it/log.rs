@@ -49,7 +49,9 @@ impl Rig {
         loop {
             match self.feed.subscribe(table, site).await {
                 // It waits for writers of the whole cluster, in which other tests have transactions open.
-                Err(FeedError::Away) if Instant::now() < late => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(FeedError::Away | FeedError::Held) if Instant::now() < late => {
+                    tokio::time::sleep(Duration::from_millis(100)).await
+                }
                 subscribed => return subscribed.expect("the log can be read"),
             }
         }

@@ -35,6 +35,7 @@ use crate::access::people;
 use crate::support::database::{Database, database};
 use crate::support::line::Bearer;
 
+mod changed;
 mod gone;
 
 /// Nothing that is waited for takes longer.
@@ -57,7 +58,7 @@ impl Door {
         // To begin it waits for writers of the whole cluster, in which other tests have transactions open.
         let late = Instant::now() + PATIENCE * 2;
         while let Err(error) = feed.subscribe(Table::Events, SiteId::from_uuid(Uuid::nil())).await {
-            assert!(error == FeedError::Away && Instant::now() < late, "{error}");
+            assert!(matches!(error, FeedError::Away | FeedError::Held) && Instant::now() < late, "{error}");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let users = UserTokens { secret: Some(people::SECRET.parse().expect("a secret")), ..UserTokens::default() };

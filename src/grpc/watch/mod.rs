@@ -40,7 +40,7 @@ mod token;
 mod watcher;
 
 /// Messages that wait for the client to take them.
-const WAITING: usize = 16;
+const WAITING: usize = 4;
 /// How often a watch asks whether its caller is still welcome.
 const WELCOME_EVERY: Duration = Duration::from_secs(2);
 /// Every so many of these times it asks as well whether the site is still theirs.
@@ -191,6 +191,9 @@ fn come_back(message: &str) -> Status {
 fn no_feed(error: FeedError) -> Status {
     match error {
         FeedError::Unfit(why) => Status::failed_precondition(why),
+        FeedError::Held => come_back(
+            "transactions that write, or that are prepared, hold up the reading of the change log; begin the watch again",
+        ),
         FeedError::Away => come_back("the change log of the database cannot be read now; begin the watch again"),
         FeedError::Full => come_back("as many watch as this server has room for; begin the watch again"),
     }

@@ -16,7 +16,7 @@ use crate::domain::id::SiteId;
 use crate::domain::month::Month;
 use crate::feed::{Entry, Lost, Step, Subscription};
 use crate::store::Store;
-use crate::store::columns::Columns;
+use crate::store::columns::{Columns, OtherColumns};
 use crate::store::error::StoreError;
 use crate::store::transaction::Reader;
 use crate::store::watch::{Seen, Span};
@@ -96,7 +96,7 @@ pub(super) trait Tables<W: Watched>: Send + Sync + 'static {
     /// The first pause before something is asked again that came too early.
     const AGAIN: Duration;
 
-    /// The first month at `from` or after it that has a partition.
+    /// The first month at `from` or after it in which the site has rows.
     fn next_month(&self, from: Option<Month>) -> impl Future<Output = Result<Seen<Option<Month>>, Unread>> + Send;
     fn page(&self, span: Span) -> impl Future<Output = Result<Seen<Page<W::Row>>, Unread>> + Send;
     /// Whether a transaction from `since` on took rows away.
@@ -115,7 +115,8 @@ impl<W: Watched> Tables<W> for Stored {
 
     async fn next_month(&self, from: Option<Month>) -> Result<Seen<Option<Month>>, Unread> {
         let _turn = turn().await;
-        self.store.watched_month(W::TABLE, from).await.map_err(unread)
+        let seen = self.store.watched_month(self.reader, W::TABLE, self.site, from).await.map_err(unread)?;
+        seen.ok_or(Unread::NotYours)
     }
 
     async fn page(&self, span: Span) -> Result<Seen<Page<W::Row>>, Unread> {
@@ -126,7 +127,7 @@ impl<W: Watched> Tables<W> for Stored {
         let mut bytes = 0;
         for row in &what.rows {
             let id = row.column("id").map_err(|error| unread(StoreError::unreadable("watch", error)))?;
-            match show::<W>(row) {
+            match show::<W>(row).map_err(|_other| Unread::Database)? {
                 Some(shown) => {
                     bytes += shown.encoded_len();
                     page.rows.push((id, shown));
@@ -159,15 +160,21 @@ fn unread(error: StoreError) -> Unread {
 }
 
 /// The row as the wire shows it. One that cannot be shown counts as not there: a hand has written into it what no message can hold, such
-/// as an infinite time, or more than fits into one.
-pub(super) fn show<W: Watched>(row: &impl Columns) -> Option<W::Row> {
+/// as an infinite time, or more than fits into one. An error if it is the table that is not as this program knows it.
+pub(super) fn show<W: Watched>(row: &impl Columns) -> Result<Option<W::Row>, OtherColumns> {
     let why = match W::read(row) {
-        Ok(shown) if shown.encoded_len() <= MAX_ROW => return Some(shown),
+        Ok(shown) if shown.encoded_len() <= MAX_ROW => return Ok(Some(shown)),
         Ok(shown) => format!("it has {} bytes", shown.encoded_len()),
-        Err(why) => why.to_string(),
+        Err(why) => match why.downcast::<OtherColumns>() {
+            Ok(other) => {
+                tracing::warn!(table = W::TABLE.name(), why = %other, "the schema is not this program's");
+                return Err(*other);
+            }
+            Err(why) => why.to_string(),
+        },
     };
     let id = row.column::<Uuid>("id").unwrap_or_default();
     tracing::warn!(table = W::TABLE.name(), row.id = %id, %why, "a row cannot be shown to watchers");
     metrics::counter!(telemetry::WATCH_ROWS_NOT_SHOWN_TOTAL, "table" => W::TABLE.name()).increment(1);
-    None
+    Ok(None)
 }

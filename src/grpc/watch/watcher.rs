@@ -151,6 +151,15 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
         if mark.lineage != self.log.lineage() {
             return Ok(false);
         }
+        let scope = self.scope;
+        if mark.position > self.log.position() {
+            // From another server that is ahead of this one; or from a history that is no more, as after a restored backup.
+            let since = mark.horizon;
+            let seen = self.seen(move |tables| async move { tables.vanished(scope.month, since).await }).await?;
+            if is_ahead(mark, &seen) {
+                return Ok(false);
+            }
+        }
         if self.log.seek(mark.position) {
             (self.coverage, self.had, self.halved) = (Coverage::from(mark.shown), mark.had, mark.halved);
             self.ended = mark.shown == Edge::End;
@@ -161,9 +170,8 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             Some(had) if had.to > mark.shown && mark.shown != Edge::End => had,
             Some(_) | None => Had { since: mark.horizon, to: mark.shown },
         };
-        let scope = self.scope;
         let seen = self.seen(move |tables| async move { tables.vanished(scope.month, had.since).await }).await?;
-        if seen.what || seen.snapshot.xmax.saturating_sub(had.since) > MAX_AGE {
+        if seen.what || is_ahead(mark, &seen) || seen.snapshot.xmax.saturating_sub(had.since) > MAX_AGE {
             return Ok(false);
         }
         self.had = Some(had);
@@ -398,8 +406,12 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
 
     /// Says a change as far as its rows can be shown.
     async fn say_changed(&mut self, entry: &Entry, mark: Option<Mark>, change: Change<&Tuple>) -> Result<(), Stop> {
-        let show = |tuple: &Tuple| super::sources::show::<W>(tuple);
-        let (old, new) = (change.before().and_then(|old| show(old)), change.after().and_then(|new| show(new)));
+        let show = |tuple: Option<&&Tuple>| match tuple {
+            // The tables know better, once they are as they should be.
+            Some(tuple) => super::sources::show::<W>(*tuple).map_err(|_other| Stop::Anew),
+            None => Ok(None),
+        };
+        let (old, new) = (show(change.before())?, show(change.after())?);
         let change = match (old, new) {
             (None, None) => return Ok(()),
             (None, Some(new)) => Change::Insert { new },
@@ -441,6 +453,11 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             Lost::Away => End::Away,
         }
     }
+}
+
+/// Whether a client has seen more than the database has ever written.
+fn is_ahead<T>(mark: &Mark, seen: &Seen<T>) -> bool {
+    mark.position.lsn > seen.lsn || mark.horizon > seen.snapshot.xmax
 }
 
 /// Right before a change: after everything else.

@@ -191,6 +191,7 @@ pub const FUNCTIONS: &[(&str, &str)] = &[
     ("opsmantik.is_tied(events_leaf regclass, sessions_leaf regclass)", "sql, stable, invoker; for nobody"),
     ("opsmantik.tie_leaf(events_leaf regclass, sessions_leaf regclass)", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.notes_truncate(rel regclass)", "sql, stable, invoker; for nobody"),
+    ("opsmantik.is_ours(rel regclass)", "sql, stable, invoker; for nobody"),
     ("opsmantik.unpublished()", "sql, stable, definer; for nobody"),
     ("opsmantik.publish_leaves()", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.leaves()", "sql, stable, invoker, DateStyle=ISO, YMD; for nobody"),
@@ -201,7 +202,7 @@ pub const FUNCTIONS: &[(&str, &str)] = &[
     ("opsmantik.touch_call()", "plpgsql, volatile, invoker; for nobody"),
     ("opsmantik.reopen_call()", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.check_site()", "plpgsql, volatile, invoker; for nobody"),
-    ("opsmantik.keep_site()", "plpgsql, volatile, invoker; for nobody"),
+    ("opsmantik.keep_site()", "plpgsql, volatile, invoker, lock_timeout=1s; for nobody"),
     ("opsmantik.check_match()", "plpgsql, volatile, invoker, plan_cache_mode=force_custom_plan; for nobody"),
     // What a log that is gone cannot tell.
     ("opsmantik.note_deleted()", "plpgsql, volatile, definer; for nobody"),

@@ -85,7 +85,7 @@ async fn a_long_transaction_holds_the_start_up_for_a_while_and_no_longer() {
     let rig = Rig::new(&database, options);
     run(&database, "BEGIN; SELECT pg_current_xact_id()").await;
     let began = Instant::now();
-    assert_eq!(rig.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Away));
+    assert_eq!(rig.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Held));
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     until("PostgreSQL gives up", async || slots(&database).await == 0).await;
     run(&database, "COMMIT").await;
@@ -98,11 +98,11 @@ async fn a_start_goes_on_without_who_asked_for_it() {
     let shop = database.site("shop").await.id;
     let rig = Rig::new(&database, FeedOptions { patience: Duration::from_millis(300), ..FeedOptions::default() });
     run(&database, "BEGIN; SELECT pg_current_xact_id()").await;
-    assert_eq!(rig.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Away));
+    assert_eq!(rig.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Held));
     let made = "SELECT slot_name::text AS name FROM pg_replication_slots WHERE database = current_database()";
     let first = database.rows(made).await;
     assert_eq!(first.len(), 1, "it still begins");
-    assert_eq!(rig.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Away));
+    assert_eq!(rig.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Held));
     run(&database, "COMMIT").await;
     until("it has begun", async || rig.feed.subscribe(Table::Calls, shop).await.is_ok()).await;
     assert_eq!(database.rows(made).await, first, "who asked again waited for the same");
