@@ -15,7 +15,7 @@ use rand::seq::SliceRandom;
 use serde_json::{Value, json};
 
 use crate::support::calls::{BUSINESS, call, ended, outbound, push, with_fingerprint};
-use crate::support::database::{Database, database};
+use crate::support::database::{Database, connect, database};
 use crate::support::events::{Spec, at};
 
 struct Stage {
@@ -351,4 +351,26 @@ async fn what_a_server_noted_and_died_before_it_was_matched_is_matched_by_anothe
     sweep.await.expect("the sweep ends");
     assert_eq!(stage.session("A").await["call_signals"], 1);
     assert_eq!(stage.database.count("SELECT count(*) FROM opsmantik.call_rematches").await, 0);
+}
+
+/// A person may lock their own calls, as whoever judges one does for a moment. No other site waits for them, and no event of theirs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_call_that_somebody_has_locked_holds_up_no_event() {
+    let stage = Stage::set().await;
+    stage.push(call("c1", noon())).await;
+    let mut person = connect(&stage.database.url).await;
+    let open = person.transaction().await.expect("a transaction");
+    open.batch_execute("SELECT FROM calls FOR UPDATE").await.expect("locked");
+    let began = std::time::Instant::now();
+    for n in 0..5 {
+        let clicks =
+            [Spec::new(10 + n, "A", after(-60)).clicks(BUSINESS), Spec::new(30 + n, "B", after(-60)).clicks(BUSINESS)];
+        let outcomes = stage.pipeline.submit(vec![clicks[0].event(stage.site), clicks[1].event(stage.other)]).await;
+        assert!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Stored(_))), "{outcomes:?}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(8), "five batches took {:?}", began.elapsed());
+    assert_eq!(stage.found("c1").await.0, "UNMATCHED");
+    open.rollback().await.expect("let go");
+    calls::settle(&stage.database.store, stage.site).await.expect("nobody is in the way");
+    assert_eq!(stage.found("c1").await.0, "CLICK");
 }

@@ -195,3 +195,19 @@ async fn the_servers_own_role_can_do_only_what_its_statements_need() {
         "SELECT count(*) FROM pg_class WHERE relowner IN (SELECT oid FROM pg_roles WHERE rolname LIKE 'opsmantik\\_%')";
     assert_eq!(database.count(owned).await, 0);
 }
+
+/// Its owner's triggers would run as whoever stores.
+#[tokio::test]
+async fn a_table_of_somebody_else_does_not_become_a_month() {
+    let database = database().await;
+    database.admin.batch_execute("CREATE TABLE public.events_2026_03 (LIKE events INCLUDING ALL)").await.expect("made");
+    database.admin.batch_execute("ALTER TABLE public.events_2026_03 OWNER TO anon").await.expect("given away");
+    let month = "2026-03-01".parse().expect("a month");
+    let refused = database.store.ensure_month(month).await.expect_err("it would be attached");
+    assert!(refused.detail.to_string().contains("events_2026_03 is in the way"), "{refused:?}");
+    database.admin.batch_execute("ALTER TABLE public.events_2026_03 OWNER TO CURRENT_USER").await.expect("taken back");
+    assert_eq!(database.store.ensure_month(month).await.expect("ours").len(), 2);
+    let judged =
+        database.admin.batch_execute("INSERT INTO sites (public_id, name, domain) VALUES ('a', E'a\\nb', 'a.example')");
+    assert!(judged.await.is_err(), "a name of two lines");
+}

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc};
 use super::coverage::{Edge, Key};
 use super::rows::{Said, Watched};
 use super::sources::{Log, Page, Tables, Unread};
-use super::token::Tokens;
+use super::token::{Mark, Tokens};
 use super::watcher::{Scope, Watcher};
 use crate::domain::change::{Change, Lineage, Position, Snapshot, Table};
 use crate::domain::month::Month;
@@ -320,6 +320,30 @@ proptest! {
         alone(live::<true>(seed));
         alone(live::<false>(seed));
     }
+}
+
+/// As after a backup was restored: the same system and timeline, and the client has seen what was never written here.
+#[tokio::test]
+async fn a_token_from_beyond_the_end_of_the_log_begins_anew() {
+    let world: Shared = Arc::new(Mutex::new(World::new(1, false)));
+    while open(&world).go_on() {}
+    let scope = Scope { site: site(1), month: None };
+    let (position, lineage, horizon) = {
+        let mut world = open(&world);
+        let (snapshot, lsn) = world.moment();
+        (Position { lsn: lsn + 1_000_000, seq: 1 }, world.lineage(), snapshot.xmin)
+    };
+    let mark = Mark { lineage, position, halved: false, horizon, shown: Edge::End, had: None };
+    let token = Tokens::of(Toy::<false>::TABLE.name(), scope.site.as_uuid(), scope.month).seal(&mark);
+    let (out, mut answers) = mpsc::channel(1);
+    let reached = open(&world).reached;
+    let log = SomeLog { world: world.clone(), position: reached, quiet: Arc::default() };
+    let watcher = Watcher::<Toy<false>, _, _>::new(scope, log, SomeTables(world), out);
+    let task = tokio::spawn(watcher.run(Some((mark, token))));
+    let first =
+        tokio::time::timeout(Duration::from_secs(5), answers.recv()).await.expect("it does not wait for that place");
+    assert_eq!(first.map(|answer| answer.said).as_deref(), Some("start"));
+    task.abort();
 }
 
 #[test]
