@@ -9,7 +9,8 @@
 -- * A call outlives the month of its visit and keeps what it knows of it: its match is checked when it is made, and not when the visit goes.
 --
 -- What a dropped, emptied or returned month means to a watcher is said by the marks in `opsmantik.vanished`; here they are made for all
--- of these, cost little when many rows go at once, and are cleared away when a newer one says the same.
+-- of these, whoever does it and with whatever hand, cost little when many rows go at once, and are cleared away when a newer one says the
+-- same. The triggers that leave them fire always; what fires no trigger is found by whoever looks next (`note_leaves`).
 
 -- A mark a transaction and scope is enough, so all but the first row only look: many rows go at once now and then.
 CREATE OR REPLACE FUNCTION opsmantik.note_deleted() RETURNS trigger
