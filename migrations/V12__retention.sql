@@ -9,7 +9,8 @@
 -- * A call outlives the month of its visit and keeps what it knows of it: its match is checked when it is made, and not when the visit goes.
 --
 -- What a dropped, emptied or returned month means to a watcher is said by the marks in `opsmantik.vanished`; here they are made for all
--- of these, cost little when many rows go at once, and are cleared away when a newer one says the same.
+-- of these, whoever does it and with whatever hand, cost little when many rows go at once, and are cleared away when a newer one says the
+-- same. The triggers that leave them fire always; what fires no trigger is found by whoever looks next (`note_leaves`).
 
 -- A mark a transaction and scope is enough, so all but the first row only look: many rows go at once now and then.
 CREATE OR REPLACE FUNCTION opsmantik.note_deleted() RETURNS trigger
@@ -38,14 +39,6 @@ BEGIN
 END
 $$;
 
--- A row whose key changes within its month is gone where it was. (Moved to another month it is deleted there.)
-CREATE OR REPLACE TRIGGER sessions_moved AFTER UPDATE OF site_id, id ON public.sessions
-    FOR EACH ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.note_deleted('sessions');
-CREATE OR REPLACE TRIGGER events_moved AFTER UPDATE OF site_id, id ON public.events
-    FOR EACH ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.note_deleted('events');
-CREATE OR REPLACE TRIGGER calls_moved AFTER UPDATE OF site_id, id ON public.calls
-    FOR EACH ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id) EXECUTE FUNCTION opsmantik.note_deleted('calls');
-
 CREATE OR REPLACE FUNCTION opsmantik.note_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -66,23 +59,152 @@ $$;
 COMMENT ON FUNCTION opsmantik.note_truncated() IS
     'After a table was emptied: a mark for its month, or for every month if it was the parent.';
 
-CREATE OR REPLACE FUNCTION opsmantik.notes_truncate(rel regclass) RETURNS boolean
+CREATE OR REPLACE FUNCTION opsmantik.notes_loss(rel regclass, tab name) RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $$
-    SELECT EXISTS (
-        SELECT FROM pg_trigger
-        WHERE tgrelid = rel AND tgname = 'opsmantik_truncated' AND tgenabled IN ('O', 'A')
-          AND tgfoid = 'opsmantik.note_truncated()'::regprocedure)
+    SELECT count(*) = 3
+    FROM pg_trigger
+    WHERE tgrelid = rel AND tgenabled = 'A'
+      AND (tgname IN (tab || '_deleted', tab || '_moved') AND tgfoid = 'opsmantik.note_deleted()'::regprocedure
+           OR tgname = 'opsmantik_truncated' AND tgfoid = 'opsmantik.note_truncated()'::regprocedure)
 $$;
-COMMENT ON FUNCTION opsmantik.notes_truncate(regclass) IS 'Whether a table has the trigger that notes when it is emptied, and it fires.';
+COMMENT ON FUNCTION opsmantik.notes_loss(regclass, name) IS
+    'Whether sessions, events, calls or a leaf of theirs has the three triggers that note when rows go, and they fire whoever writes.';
 
-CREATE OR REPLACE TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.sessions
-    FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('sessions');
-CREATE OR REPLACE TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.events
-    FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('events');
-CREATE OR REPLACE TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.calls
-    FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('calls');
+CREATE OR REPLACE FUNCTION opsmantik.keep_marks(rel regclass, tab name) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    item record;
+BEGIN
+    IF opsmantik.notes_loss(rel, tab) THEN
+        RETURN;
+    END IF;
+    FOR item IN
+        SELECT * FROM (VALUES
+            (tab || '_deleted', 'DELETE', 'ROW', 'note_deleted'),
+            -- A row whose key changes within its month is gone where it was. (Moved to another month it is deleted there.)
+            (tab || '_moved', 'UPDATE OF site_id, id', 'ROW WHEN (OLD.site_id <> NEW.site_id OR OLD.id <> NEW.id)', 'note_deleted'),
+            ('opsmantik_truncated', 'TRUNCATE', 'STATEMENT', 'note_truncated')
+        ) AS t (name, event, each, func)
+        -- A trigger for rows reaches the leaves by itself, one for TRUNCATE does not.
+        WHERE (rel = format('public.%I', tab)::regclass OR t.event = 'TRUNCATE')
+          AND NOT EXISTS (
+              SELECT FROM pg_trigger
+              WHERE tgrelid = rel AND tgname = t.name AND tgfoid = format('opsmantik.%I()', t.func)::regprocedure)
+    LOOP
+        EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s FOR EACH %s EXECUTE FUNCTION opsmantik.%I(%L)',
+                       item.name, item.event, rel, item.each, item.func, tab);
+    END LOOP;
+    -- Also for a session_replication_role that lets triggers rest: what is written then is shown as well.
+    FOR item IN
+        SELECT tgname AS name FROM pg_trigger
+        WHERE tgrelid = rel AND tgenabled <> 'A'
+          AND tgfoid IN ('opsmantik.note_deleted()'::regprocedure, 'opsmantik.note_truncated()'::regprocedure)
+    LOOP
+        EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', rel, item.name);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION opsmantik.keep_marks(regclass, name) IS
+    'Gives sessions, events, calls or a leaf of theirs the triggers that note when rows go, as far as they are missing or do not always fire.';
+
+DO $$
+BEGIN
+    PERFORM opsmantik.keep_marks(format('public.%I', t.tab)::regclass, t.tab)
+    FROM (VALUES ('sessions'::name), ('events'), ('calls')) AS t (tab);
+END
+$$;
+
+-- What a hand attaches, detaches or drops fires no trigger that we could make. So what hangs on the parents is compared with what did.
+CREATE TABLE IF NOT EXISTS opsmantik.attached (
+    leaf  oid  PRIMARY KEY,
+    tab   text NOT NULL CHECK (tab IN ('sessions', 'events')),
+    month date,
+    link  text NOT NULL
+);
+COMMENT ON TABLE opsmantik.attached IS
+    'The leaves for which no mark has to be left any more. Kept by `note_leaves`, and no business of anybody else.';
+COMMENT ON COLUMN opsmantik.attached.month IS 'NULL for a leaf that does not hold exactly one month.';
+COMMENT ON COLUMN opsmantik.attached.link IS
+    'Which transaction attached it, or began to detach it: the same table that comes back comes with another.';
+ALTER TABLE opsmantik.attached ENABLE ROW LEVEL SECURITY;
+ALTER TABLE opsmantik.attached FORCE ROW LEVEL SECURITY;
+REVOKE ALL ON opsmantik.attached FROM PUBLIC, anon, authenticated, service_role;
+-- The function below runs as the owner, who is bound by FORCE as well.
+DO $$
+BEGIN
+    DROP POLICY IF EXISTS table_owner ON opsmantik.attached;
+    EXECUTE format('CREATE POLICY table_owner ON opsmantik.attached FOR ALL TO %I USING (true) WITH CHECK (true)', current_user);
+END
+$$;
+
+CREATE OR REPLACE FUNCTION opsmantik.link_changes()
+RETURNS TABLE (leaf oid, old_tab text, old_month date, tab text, link text, pending boolean)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT coalesce(i.inhrelid, a.leaf), a.tab, a.month,
+           CASE i.inhparent WHEN 'public.sessions'::regclass THEN 'sessions' ELSE 'events' END, i.xmin::text, i.inhdetachpending
+    FROM opsmantik.attached a
+    FULL JOIN (
+        SELECT inhrelid, inhparent, inhdetachpending, xmin FROM pg_inherits
+        WHERE inhparent IN ('public.sessions'::regclass, 'public.events'::regclass)
+    ) AS i ON i.inhrelid = a.leaf
+    WHERE a.link IS DISTINCT FROM i.xmin::text
+$$;
+COMMENT ON FUNCTION opsmantik.link_changes() IS
+    'How the leaves differ from those in `attached`: what was there (old_tab), and what is (link).';
+
+CREATE OR REPLACE FUNCTION opsmantik.note_leaves() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+-- To ask for the size of a leaf that somebody works on.
+SET lock_timeout = '200ms'
+AS $$
+DECLARE
+    item record;
+    new_month date;
+    filled boolean;
+BEGIN
+    -- Mostly there is nothing. Whoever notes at this moment does it for all; what comes later than their look, the next look finds.
+    IF NOT EXISTS (SELECT FROM opsmantik.link_changes())
+       OR NOT pg_try_advisory_xact_lock(hashtextextended('opsmantik.note_leaves', 0)) THEN
+        RETURN;
+    END IF;
+    FOR item IN SELECT * FROM opsmantik.link_changes() LOOP
+        new_month := NULL;
+        filled := false;
+        IF item.link IS NOT NULL AND NOT item.pending THEN
+            SELECT l.month INTO new_month FROM opsmantik.leaves() l WHERE l.leaf = item.leaf;
+            BEGIN
+                -- By its size: the policies would hide its rows from us.
+                SELECT c.relkind <> 'r' OR pg_relation_size(c.oid) > 0 INTO filled FROM pg_class c WHERE c.oid = item.leaf;
+            EXCEPTION WHEN lock_not_available THEN
+                CONTINUE;
+            END;
+        END IF;
+        -- One that is being detached is noted twice: its rows are gone now, and who began to write before may still add some.
+        IF item.old_tab IS NOT NULL THEN
+            PERFORM opsmantik.note_vanished(item.old_tab, item.old_month, NULL, 'detach');
+        END IF;
+        IF filled THEN
+            PERFORM opsmantik.note_vanished(item.tab, new_month, NULL, 'attach');
+        END IF;
+        IF item.link IS NULL THEN
+            DELETE FROM opsmantik.attached a WHERE a.leaf = item.leaf;
+        ELSE
+            INSERT INTO opsmantik.attached AS a (leaf, tab, month, link)
+            VALUES (item.leaf, item.tab, CASE WHEN item.pending THEN item.old_month ELSE new_month END, item.link)
+            ON CONFLICT ON CONSTRAINT attached_pkey DO UPDATE SET tab = excluded.tab, month = excluded.month, link = excluded.link;
+        END IF;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION opsmantik.note_leaves() IS
+    'Leaves a mark for every leaf that was detached, dropped, or attached with rows since the last look, whoever did it. Cheap when there is none.';
 
 CREATE OR REPLACE FUNCTION opsmantik.prune_vanished() RETURNS bigint
 LANGUAGE sql SECURITY DEFINER
@@ -259,16 +381,12 @@ BEGIN
                        CASE WHEN item.grantable THEN ' WITH GRANT OPTION' ELSE '' END);
     END LOOP;
 
-    -- A trigger for rows reaches the leaves by itself, one for TRUNCATE does not.
-    IF NOT opsmantik.notes_truncate(leaf) THEN
-        EXECUTE format('CREATE OR REPLACE TRIGGER opsmantik_truncated AFTER TRUNCATE ON %s '
-                       'FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated(%L)', leaf, tab);
-    END IF;
+    PERFORM opsmantik.keep_marks(leaf, tab);
 END
 $$;
 COMMENT ON FUNCTION opsmantik.dress_leaf(regclass, regclass) IS
     'Gives a leaf what it does not inherit: owner, identity FULL, row level security on and forced, exactly the policies '
-    'and grants of its parent, the trigger for TRUNCATE. Touches only what differs, so a leaf that is right is not locked.';
+    'and grants of its parent, triggers that note when rows go. Touches only what differs, so a leaf that is right is not locked.';
 
 
 CREATE OR REPLACE FUNCTION opsmantik.is_ours(rel regclass) RETURNS boolean
@@ -373,7 +491,6 @@ DECLARE
     visits regclass;
     part record;
     leaf_name text;
-    comes_back boolean;
     item record;
     made text[] := '{}';
 BEGIN
@@ -387,6 +504,7 @@ BEGIN
     upper_bound := (lower_bound + interval '1 month')::date;
 
     PERFORM pg_advisory_xact_lock(hashtextextended('opsmantik.ensure_month', 0));
+    PERFORM opsmantik.keep_marks('public.calls', 'calls');
 
     -- Sessions first: events refer to them.
     FOR part IN SELECT * FROM (VALUES (1, 'sessions', 'created_month'), (2, 'events', 'session_month'))
@@ -394,6 +512,8 @@ BEGIN
     LOOP
         root := format('public.%I', part.tab)::regclass;
         leaf_name := part.tab || to_char(lower_bound::timestamp, '_YYYY_MM');
+        -- Before its leaves: they get theirs from it.
+        PERFORM opsmantik.keep_marks(root, part.tab);
 
         SELECT l.leaf INTO leaf FROM opsmantik.leaves() l WHERE l.parent = root AND l.month = lower_bound;
         IF FOUND THEN
@@ -407,7 +527,6 @@ BEGIN
         END IF;
 
         leaf := to_regclass(format('public.%I', leaf_name));
-        comes_back := false;
         IF leaf IS NULL THEN
             EXECUTE format('CREATE TABLE public.%I (LIKE %s INCLUDING ALL)', leaf_name, root);
             leaf := format('public.%I', leaf_name)::regclass;
@@ -420,8 +539,6 @@ BEGIN
                 RAISE EXCEPTION '% is in the way: it is no table of ours that could become the partition for %', leaf, lower_bound
                     USING ERRCODE = 'wrong_object_type';
             END IF;
-            -- By its size: the policies would hide its rows from us.
-            comes_back := pg_relation_size(leaf) > 0;
             IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = leaf AND conname = 'opsmantik_bound') THEN
                 EXECUTE format('ALTER TABLE %s DROP CONSTRAINT opsmantik_bound', leaf);
             END IF;
@@ -446,12 +563,15 @@ BEGIN
         EXECUTE format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
                        root, leaf, lower_bound, upper_bound);
         EXECUTE format('ALTER TABLE %s DROP CONSTRAINT opsmantik_bound', leaf);
-        IF comes_back THEN
-            PERFORM opsmantik.note_vanished(part.tab, lower_bound, NULL, 'attach');
-        END IF;
+        PERFORM opsmantik.keep_marks(leaf, part.tab);
         made := made || leaf_name;
     END LOOP;
     PERFORM opsmantik.publish_leaves();
+    IF made <> '{}' THEN
+        -- Waited for: a new month that is noted while it is empty brings nothing, later it would seem to come with rows.
+        PERFORM pg_advisory_xact_lock(hashtextextended('opsmantik.note_leaves', 0));
+    END IF;
+    PERFORM opsmantik.note_leaves();
     RETURN made;
 END
 $$;
@@ -490,7 +610,7 @@ AS $$
             (NOT c.relrowsecurity, 'row level security is off'),
             (NOT c.relforcerowsecurity, 'row level security is not forced'),
             (c.relowner <> p.relowner, 'owner is not the parent''s'),
-            (NOT opsmantik.notes_truncate(l.leaf), 'leaves no mark when it is truncated'),
+            (NOT opsmantik.notes_loss(l.leaf, p.relname), 'leaves no mark when rows go'),
             (l.month IS NULL, 'does not hold exactly one month')
         ) AS f (holds, fault)
         WHERE f.holds
@@ -515,11 +635,15 @@ AS $$
     UNION ALL
     SELECT c.relname::text, 'is not in the publication supabase_realtime'
     FROM opsmantik.unpublished() AS u (rel) JOIN pg_class c ON c.oid = u.rel
+    UNION ALL
+    SELECT t.tab, 'leaves no mark when rows go'
+    FROM (VALUES ('sessions'), ('events'), ('calls')) AS t (tab)
+    WHERE NOT opsmantik.notes_loss(format('public.%I', t.tab)::regclass, t.tab)
     ORDER BY 1, 2
 $$;
 COMMENT ON FUNCTION opsmantik.leaf_faults() IS
     'Everything that is wrong with an attached leaf of sessions or events. Empty is good. ensure_month of its month '
-    'mends it (and the publication supabase_realtime, whatever the month); a leaf with other bounds than one month, such as a DEFAULT partition, is for a person to look at.';
+    'mends it (and the publication supabase_realtime and the parents, whatever the month); a leaf with other bounds than one month, such as a DEFAULT partition, is for a person to look at.';
 
 
 CREATE OR REPLACE FUNCTION opsmantik.leaf_states()
@@ -557,11 +681,13 @@ COMMENT ON FUNCTION opsmantik.leaf_states() IS
 -- What `leaf_states` tells in its place.
 DROP FUNCTION IF EXISTS opsmantik.months();
 
-REVOKE ALL ON FUNCTION opsmantik.note_truncated(), opsmantik.notes_truncate(regclass), opsmantik.prune_vanished(),
+REVOKE ALL ON FUNCTION opsmantik.note_truncated(), opsmantik.notes_loss(regclass, name), opsmantik.keep_marks(regclass, name),
+    opsmantik.link_changes(), opsmantik.note_leaves(), opsmantik.prune_vanished(),
     opsmantik.is_tied(regclass, regclass), opsmantik.tie_leaf(regclass, regclass), opsmantik.check_match(),
     opsmantik.check_site(), opsmantik.keep_site(), opsmantik.is_ours(regclass), opsmantik.unpublished(), opsmantik.publish_leaves(), opsmantik.leaf_states()
     FROM PUBLIC, anon, authenticated, service_role;
 GRANT EXECUTE ON FUNCTION opsmantik.prune_vanished() TO opsmantik_service;
+GRANT EXECUTE ON FUNCTION opsmantik.note_leaves() TO opsmantik_service, opsmantik_operator;
 GRANT EXECUTE ON FUNCTION opsmantik.leaf_states() TO opsmantik_operator;
 
 -- A note is written in the transaction that stores events, of all sites at once. A key to the call would make it wait for whoever has
@@ -638,6 +764,7 @@ DO $$
 BEGIN
     PERFORM opsmantik.dress_leaf(l.parent, l.leaf) FROM opsmantik.leaves() l;
     PERFORM opsmantik.publish_leaves();
+    PERFORM opsmantik.note_leaves();
     IF EXISTS (
         SELECT FROM pg_publication
         WHERE pubname = 'supabase_realtime'

@@ -64,7 +64,7 @@ pub(super) struct Drop {
     yes: bool,
     /// How long to wait for transactions that are in the way, in total
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    wait: u64,
+    wait: u32,
     /// Print JSON; progress goes to standard error
     #[arg(long)]
     json: bool,
@@ -245,7 +245,7 @@ impl Drop {
             told.print();
         }
         if self.yes && !told.months.is_empty() {
-            let mut dropper = store.dropper(Instant::now() + Duration::from_secs(self.wait)).await?;
+            let mut dropper = store.dropper(Instant::now() + Duration::from_secs(self.wait.into())).await?;
             let mut waiting = None;
             for doomed in &mut told.months {
                 dropper.drop_month(doomed.month.month, |step| tell(step, &mut waiting)).await?;

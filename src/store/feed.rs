@@ -76,6 +76,10 @@ pub struct Fitness {
 impl Store {
     /// What the database shows now, and how far its log is written.
     pub async fn feed_moment(&self) -> Result<Moment, StoreError> {
+        // Not of this transaction: its marks are told by the log. What it misses now it finds a moment later.
+        self.note_leaves()
+            .await
+            .unwrap_or_else(|error| tracing::warn!(%error, "cannot look for leaves that came or went"));
         let tx = self.begin(Purpose::Serve).await?;
         let rows = tx.query(&FEED_MOMENT, &[]).await?;
         let published = is_published(&tx).await?;

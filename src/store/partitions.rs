@@ -50,6 +50,13 @@ crate::statement!(
     [],
     "SELECT opsmantik.prune_vanished()"
 );
+crate::statement!(
+    /// Leaves a mark for each leaf that somebody attached with rows, detached or dropped. Mostly there is none, and it only looks.
+    NOTE_LEAVES,
+    Months::None,
+    [],
+    "SELECT opsmantik.note_leaves()"
+);
 
 /// Whether the schema can take what comes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -175,6 +182,13 @@ impl Store {
             .map(|row| Ok((Month::containing(row.try_get(0)?), row.try_get(1)?)))
             .collect::<Result<_, tokio_postgres::Error>>()
             .map_err(|error| StoreError::unreadable(MATCHED_CALLS.name, error))
+    }
+
+    /// Leaves a mark for each leaf that was attached with rows, detached or dropped since anybody looked, by whatever hand. No trigger tells.
+    pub async fn note_leaves(&self) -> Result<(), StoreError> {
+        let tx = self.begin(Purpose::Keep).await?;
+        tx.query(&NOTE_LEAVES, &[]).await?;
+        tx.commit().await
     }
 
     /// Clears away marks of vanished rows that a newer one makes superfluous; how many.

@@ -42,6 +42,10 @@ pub enum DropError {
     DefaultPartition(String),
     #[error("gave up at {0}: {1}. What is done is done, run it again")]
     InTheWay(String, String),
+    #[error(
+        "{0} is the month of the database's clock, the one before it, or one to come: it stays, whatever the clock here says"
+    )]
+    TooYoung(Month),
     #[error("events keep bringing {0} back: stop importing into it, then run it again")]
     ComesBack(Month),
     #[error("{0}: {1}")]
@@ -127,7 +131,7 @@ impl Store {
 impl Dropper {
     /// Drops what there is of a month, as far as it is ours, and tells each step; true if there was anything.
     pub async fn drop_month(&mut self, month: Month, mut tell: impl FnMut(Step)) -> Result<bool, DropError> {
-        let mut marked = HashSet::new();
+        let mut detached = HashSet::new();
         let mut returns = 0;
         let mut any = false;
         loop {
@@ -142,7 +146,7 @@ impl Dropper {
                 }
                 Next::Drop(leaves) => {
                     let names: Vec<&str> = leaves.iter().map(|leaf| leaf.name.as_str()).collect();
-                    (format!("dropping {}", names.join(" and ")), self.drop_leaves(month, &leaves, &marked).await)
+                    (format!("dropping {}", names.join(" and ")), self.drop_leaves(month, &leaves).await)
                 }
             };
             match done {
@@ -150,7 +154,7 @@ impl Dropper {
                     any = true;
                     for step in steps {
                         if let Step::Detached(leaf) | Step::Finished(leaf) = &step
-                            && !marked.insert(leaf.clone())
+                            && !detached.insert(leaf.clone())
                         {
                             returns += 1;
                         }
@@ -200,29 +204,24 @@ impl Dropper {
 
     async fn detach(&self, leaf: &Leaf, how: &str, lock_timeout: &str) -> Result<Vec<Step>, DropError> {
         self.sql("prepare", &format!("SET lock_timeout = '{lock_timeout}'")).await?;
-        let Leaf { name, table, month, .. } = leaf;
+        let Leaf { name, table, .. } = leaf;
         let alter = format!("ALTER TABLE public.{} DETACH PARTITION public.{} {how}", quoted(table), quoted(name));
         self.sql(&format!("detach {name}"), &alter).await?;
-        // Only now its rows are gone for everybody: who reads the mark and looks again does not see them.
-        self.mark(table, *month).await?;
+        // Only now its rows are gone for everybody: who reads the mark and looks again does not see them. A run that is killed before it
+        // leaves that to whoever looks next.
+        self.note().await?;
         let name = name.clone();
         Ok(vec![if leaf.state == LeafState::Pending { Step::Finished(name) } else { Step::Detached(name) }])
     }
 
-    async fn mark(&self, table: &str, month: Month) -> Result<(), DropError> {
-        let mark = format!("SELECT opsmantik.note_vanished('{table}', '{month}', NULL, 'detach')");
-        self.sql("note what vanished", &mark).await.map(drop)
+    async fn note(&self) -> Result<(), DropError> {
+        self.sql("note what vanished", "SELECT opsmantik.note_leaves()").await.map(drop)
     }
 
     /// Drops them, together, unless an event has brought one back meanwhile.
-    async fn drop_leaves(
-        &self,
-        month: Month,
-        leaves: &[&Leaf],
-        marked: &HashSet<String>,
-    ) -> Result<Vec<Step>, DropError> {
+    async fn drop_leaves(&self, month: Month, leaves: &[&Leaf]) -> Result<Vec<Step>, DropError> {
         self.sql("begin", "BEGIN").await?;
-        let done = self.drop_in_transaction(month, leaves, marked).await;
+        let done = self.drop_in_transaction(month, leaves).await;
         match done {
             Ok(true) => {
                 self.sql("commit", "COMMIT").await?;
@@ -236,12 +235,7 @@ impl Dropper {
         }
     }
 
-    async fn drop_in_transaction(
-        &self,
-        month: Month,
-        leaves: &[&Leaf],
-        marked: &HashSet<String>,
-    ) -> Result<bool, DropError> {
+    async fn drop_in_transaction(&self, month: Month, leaves: &[&Leaf]) -> Result<bool, DropError> {
         self.sql("prepare", &format!("SET LOCAL lock_timeout = '{DROP_LOCK_TIMEOUT}'")).await?;
         // With this lock nobody attaches a month.
         let lock = "SELECT pg_advisory_xact_lock(hashtextextended('opsmantik.ensure_month', 0))";
@@ -250,9 +244,7 @@ impl Dropper {
             return Ok(false);
         }
         // One that was detached by hand, or by a run that was killed then.
-        for leaf in leaves.iter().filter(|leaf| !marked.contains(&leaf.name)) {
-            self.mark(&leaf.table, month).await?;
-        }
+        self.note().await?;
         let names: Vec<String> = leaves.iter().map(|leaf| format!("public.{}", quoted(&leaf.name))).collect();
         self.sql(&format!("drop {}", names.join(", ")), &format!("DROP TABLE {}", names.join(", "))).await?;
         Ok(true)

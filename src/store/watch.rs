@@ -229,6 +229,7 @@ impl Store {
         month: Option<Month>,
         since: u64,
     ) -> Result<Seen<bool>, StoreError> {
+        self.note_leaves().await?;
         let tx = self.begin(Purpose::Serve).await?;
         let (month, since) = (month.map(Month::first_day), since.to_string());
         let params: [&(dyn ToSql + Sync); 4] = [&table.name(), &site.as_uuid(), &month, &since];

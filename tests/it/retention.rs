@@ -1,6 +1,7 @@
 //! Months go while everybody works on: shown first, detached and dropped, finished by whoever comes next; and what they leave behind.
 
 mod load;
+mod marks;
 
 use std::time::Duration;
 
@@ -189,8 +190,7 @@ async fn a_run_that_was_killed_anywhere_is_finished_by_the_next_and_two_do_not_f
         }
         let ended = partitions(&database, &drop).await;
         assert_eq!((ended.code, tables(&database, month).await), (Some(0), vec![]), "after {left:?}: {ended:?}");
-        let sessions_only = left.len() == 3;
-        assert_eq!(marks(&database, month).await, detached()[usize::from(sessions_only)..], "after {left:?}");
+        assert_eq!(marks(&database, month).await, detached(), "after {left:?}");
     }
 
     // Killed in the middle of a step, while a long reader is in the way.
@@ -429,87 +429,4 @@ async fn a_match_names_a_session_that_is_there_when_it_is_made() {
             admin.batch_execute("ROLLBACK").await.expect("back");
         }
     }
-}
-
-#[tokio::test]
-async fn what_empties_a_table_or_brings_one_back_leaves_a_mark_and_marks_do_not_pile_up() {
-    let database = database().await;
-    let (site, other) = (database.site("shop").await.id, database.site("neighbour").await.id);
-    let month = old(5);
-    fill(&database, site, month, 100, 20).await;
-    fill(&database, other, month, 10, 2).await;
-    let admin = &database.admin;
-    let [events, sessions] = ["events", "sessions"].map(|table| leaf(table, month));
-    let causes =
-        async || {
-            let rows = database
-            .rows("SELECT tab, CASE month WHEN '-infinity' THEN 'every' ELSE 'one' END AS month, cause, count(*) AS n \
-                   FROM opsmantik.vanished GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")
-            .await;
-            admin.batch_execute("DELETE FROM opsmantik.vanished").await.expect("forgotten");
-            let text = |row: &Value, key: &str| row[key].as_str().expect("text").to_owned();
-            rows.iter()
-                .map(|row| format!("{} {} {} {}", text(row, "tab"), text(row, "month"), text(row, "cause"), row["n"]))
-                .collect::<Vec<_>>()
-        };
-    // However many rows go, a transaction leaves a mark a site. What is undone leaves none.
-    admin.batch_execute("BEGIN; SAVEPOINT s; DELETE FROM events; ROLLBACK TO s; COMMIT").await.expect("undone");
-    assert_eq!(causes().await, Vec::<String>::new());
-    admin
-        .batch_execute("BEGIN; SAVEPOINT s; DELETE FROM events; ROLLBACK TO s; DELETE FROM events; COMMIT")
-        .await
-        .expect("gone");
-    assert_eq!(causes().await, ["events one delete 2"]);
-    fill(&database, site, month, 1, 1).await;
-
-    admin.batch_execute(&format!("TRUNCATE {events}")).await.expect("emptied");
-    assert_eq!(causes().await, ["events one truncate 1"]);
-    admin.batch_execute("TRUNCATE calls CASCADE").await.expect("emptied");
-    assert_eq!(causes().await, ["calls every truncate 1"]);
-    admin.batch_execute("TRUNCATE events").await.expect("emptied");
-    let all = causes().await;
-    assert!(all.contains(&"events every truncate 1".to_owned()), "{all:?}");
-    let disturbed = format!(
-        "DROP TRIGGER opsmantik_truncated ON {events}; ALTER TABLE {events} DROP CONSTRAINT events_session_of_month"
-    );
-    admin.batch_execute(&disturbed).await.expect("disturbed");
-    let faults = database.store.readiness(old(0), 3).await.expect("it answers").faults;
-    let expected = ["is not tied to the sessions of its month", "leaves no mark when it is truncated"]
-        .map(|fault| format!("{events}: {fault}"));
-    assert_eq!(faults, expected);
-    database.store.ensure_month(month).await.expect("mended");
-    assert!(database.store.readiness(old(0), 3).await.expect("it answers").is_ready());
-
-    // Detached with rows, and attached again; one that is empty brings nothing.
-    let detach = format!(
-        "ALTER TABLE events DETACH PARTITION {events}; ALTER TABLE sessions DETACH PARTITION {sessions}; TRUNCATE {events}"
-    );
-    admin.batch_execute(&detach).await.expect("detached");
-    assert_eq!(causes().await, Vec::<String>::new(), "nobody sees the rows of a table that is detached");
-    assert_eq!(database.store.ensure_month(month).await.expect("attached").len(), 2);
-    assert_eq!(causes().await, ["sessions one attach 1"]);
-
-    for _ in 0..5 {
-        admin
-            .batch_execute("DELETE FROM sessions WHERE id IN (SELECT id FROM sessions LIMIT 5)")
-            .await
-            .expect("deleted");
-        admin.batch_execute(&format!("TRUNCATE {events}")).await.expect("emptied");
-    }
-    let newest = "SELECT DISTINCT ON (tab, month, site_id) tab, month, site_id, xid::text FROM opsmantik.vanished \
-        ORDER BY tab, month, site_id, xid DESC";
-    let expected = database.rows(newest).await;
-    let all = database.count("SELECT count(*) FROM opsmantik.vanished").await;
-    assert!(all >= i64::try_from(expected.len()).expect("a few") + 8, "{all}");
-    // The keeper of any server does it.
-    let stop = tokio_util::sync::CancellationToken::new();
-    let kept = tokio::spawn(opsmantik::keeper::run(database.store.clone(), Nudge::default(), stop.clone()));
-    let many = "SELECT count(*) FROM opsmantik.vanished";
-    let few = i64::try_from(expected.len()).expect("a few");
-    eventually("the keeper clears marks away", async || (database.count(many).await == few).then_some(())).await;
-    stop.cancel();
-    kept.await.expect("the keeper ends");
-    let left = "SELECT tab, month, site_id, xid::text FROM opsmantik.vanished ORDER BY tab, month, site_id";
-    assert_eq!(database.rows(left).await, expected, "the newest of each scope stays");
-    assert_eq!(database.store.prune_vanished().await.expect("pruned"), 0);
 }

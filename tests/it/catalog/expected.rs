@@ -54,11 +54,11 @@ pub const TABLES: &[(&str, &[&str])] = &[
             // It merges, and moves no row.
             "opsmantik_service may INSERT, SELECT, UPDATE (all but created_month, id, site_id)",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
-            "TRIGGER sessions_deleted AFTER DELETE ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('sessions')",
+            "TRIGGER sessions_deleted AFTER DELETE ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('sessions') (fires: A)",
             "TRIGGER sessions_moved AFTER UPDATE OF site_id, id ON public.sessions FOR EACH ROW WHEN (((old.site_id <> new.site_id) OR (old.id <> new.id))) \
-             EXECUTE FUNCTION opsmantik.note_deleted('sessions')",
+             EXECUTE FUNCTION opsmantik.note_deleted('sessions') (fires: A)",
             "TRIGGER sessions_site AFTER INSERT OR UPDATE OF site_id ON public.sessions FOR EACH ROW EXECUTE FUNCTION opsmantik.check_site()",
-            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.sessions FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('sessions')",
+            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.sessions FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('sessions') (fires: A)",
             "in publication opsmantik_feed",
             SUPABASES_KEY,
         ],
@@ -74,10 +74,10 @@ pub const TABLES: &[(&str, &[&str])] = &[
             // An event is never changed.
             "opsmantik_service may INSERT, SELECT",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
-            "TRIGGER events_deleted AFTER DELETE ON public.events FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('events')",
+            "TRIGGER events_deleted AFTER DELETE ON public.events FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('events') (fires: A)",
             "TRIGGER events_moved AFTER UPDATE OF site_id, id ON public.events FOR EACH ROW WHEN (((old.site_id <> new.site_id) OR (old.id <> new.id))) \
-             EXECUTE FUNCTION opsmantik.note_deleted('events')",
-            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.events FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('events')",
+             EXECUTE FUNCTION opsmantik.note_deleted('events') (fires: A)",
+            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.events FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('events') (fires: A)",
             "in publication opsmantik_feed",
             SUPABASES_KEY,
         ],
@@ -99,10 +99,10 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "TRIGGER calls_touch BEFORE UPDATE ON public.calls FOR EACH ROW WHEN ((old.* IS DISTINCT FROM new.*)) EXECUTE FUNCTION opsmantik.touch_call()",
             "TRIGGER calls_reopen AFTER UPDATE OF review ON public.calls FOR EACH ROW WHEN (((old.review <> 'OPEN'::text) \
              AND (new.review = 'OPEN'::text))) EXECUTE FUNCTION opsmantik.reopen_call()",
-            "TRIGGER calls_deleted AFTER DELETE ON public.calls FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('calls')",
+            "TRIGGER calls_deleted AFTER DELETE ON public.calls FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('calls') (fires: A)",
             "TRIGGER calls_moved AFTER UPDATE OF site_id, id ON public.calls FOR EACH ROW WHEN (((old.site_id <> new.site_id) OR (old.id <> new.id))) \
-             EXECUTE FUNCTION opsmantik.note_deleted('calls')",
-            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.calls FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('calls')",
+             EXECUTE FUNCTION opsmantik.note_deleted('calls') (fires: A)",
+            "TRIGGER opsmantik_truncated AFTER TRUNCATE ON public.calls FOR EACH STATEMENT EXECUTE FUNCTION opsmantik.note_truncated('calls') (fires: A)",
             // The visit of a match is there when the match is made.
             "CONSTRAINT TRIGGER calls_session_new AFTER INSERT ON public.calls DEFERRABLE INITIALLY IMMEDIATE FOR EACH ROW \
              WHEN ((new.matched_session_id IS NOT NULL)) EXECUTE FUNCTION opsmantik.check_match()",
@@ -159,6 +159,11 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "in publication opsmantik_feed",
         ],
     ),
+    (
+        // What note_leaves has seen; nobody's but its own.
+        "opsmantik.attached",
+        &["table, row security forced, identity key", "policy table_owner, ALL to OWNER using true check true"],
+    ),
     ("opsmantik.schema_history", &["table, row security on, identity key"]),
 ];
 
@@ -190,7 +195,6 @@ pub const FUNCTIONS: &[(&str, &str)] = &[
     ("opsmantik.leaf_states()", "sql, stable, definer; for opsmantik_operator"),
     ("opsmantik.is_tied(events_leaf regclass, sessions_leaf regclass)", "sql, stable, invoker; for nobody"),
     ("opsmantik.tie_leaf(events_leaf regclass, sessions_leaf regclass)", "plpgsql, volatile, definer; for nobody"),
-    ("opsmantik.notes_truncate(rel regclass)", "sql, stable, invoker; for nobody"),
     ("opsmantik.is_ours(rel regclass)", "sql, stable, invoker; for nobody"),
     ("opsmantik.unpublished()", "sql, stable, definer; for nobody"),
     ("opsmantik.publish_leaves()", "plpgsql, volatile, definer; for nobody"),
@@ -208,6 +212,13 @@ pub const FUNCTIONS: &[(&str, &str)] = &[
     ("opsmantik.note_deleted()", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.note_truncated()", "plpgsql, volatile, definer; for nobody"),
     ("opsmantik.note_vanished(tab text, month date, site_id uuid, cause text)", "sql, volatile, definer; for nobody"),
+    ("opsmantik.notes_loss(rel regclass, tab name)", "sql, stable, invoker; for nobody"),
+    ("opsmantik.keep_marks(rel regclass, tab name)", "plpgsql, volatile, definer; for nobody"),
+    ("opsmantik.link_changes()", "sql, stable, invoker; for nobody"),
+    (
+        "opsmantik.note_leaves()",
+        "plpgsql, volatile, definer, lock_timeout=200ms; for opsmantik_operator, opsmantik_service",
+    ),
     ("opsmantik.prune_vanished()", "sql, volatile, definer; for opsmantik_service"),
 ];
 
