@@ -131,6 +131,13 @@ impl Store {
 impl Dropper {
     /// Drops what there is of a month, as far as it is ours, and tells each step; true if there was anything.
     pub async fn drop_month(&mut self, month: Month, mut tell: impl FnMut(Step)) -> Result<bool, DropError> {
+        // The caller has judged by its own clock; the rows of today go by the database's.
+        let now = self.sql("look at the clock", "SELECT (now() AT TIME ZONE 'UTC')::date::text").await?;
+        let now: Month =
+            text_of(&now)?.parse().map_err(|error| DropError::Unreadable(format!("its clock: {error}")))?;
+        if month >= now.previous() {
+            return Err(DropError::TooYoung(month));
+        }
         let mut detached = HashSet::new();
         let mut returns = 0;
         let mut any = false;

@@ -127,7 +127,10 @@ impl Watch {
         let (mut anew, mut labels) = (false, Vec::new());
         loop {
             match self.next().await.expect("it goes on") {
-                Payload::SnapshotStart(_) => anew = true,
+                Payload::SnapshotStart(_) => {
+                    anew = true;
+                    labels.clear();
+                }
                 Payload::SnapshotEnd(_) => break,
                 Payload::Change(change) => labels.push(label(change.new.as_ref())),
                 Payload::Heartbeat(_) => {}

@@ -38,7 +38,7 @@ async fn what_is_in_the_way_is_named_with_its_cure() {
     assert!(why.contains("another database"), "{why}");
     run(&elsewhere, "DROP PUBLICATION opsmantik_feed").await;
     let why = unfit(&Rig::new(&elsewhere, FeedOptions::default())).await;
-    assert!(why.contains("opsmantik migrate"), "{why}");
+    assert!(why.contains("CREATE PUBLICATION opsmantik_feed"), "{why}");
     let nowhere =
         Rig::at(&database.store, &database.url, Some("postgres://u:hunter2@127.0.0.1:1/x"), FeedOptions::default());
     assert_eq!(nowhere.feed.subscribe(Table::Calls, shop).await.err(), Some(FeedError::Away));
