@@ -2,6 +2,7 @@
 //! [`super::call_evidence`].
 //!
 //! Whoever matches has closed the gate of the site, see [`super::locks`]; the row itself is locked, too, against a judgement by SQL.
+//! Nobody waits for such a lock behind a closed gate: who finds a row locked opens the gate again and comes back.
 
 use chrono::{DateTime, NaiveDate, Utc};
 use serde_json::{Value, json};
