@@ -43,31 +43,35 @@ $$;
 COMMENT ON FUNCTION opsmantik.note_vanished(text, date, uuid, text) IS
     'Leaves the mark of this transaction. Without a site: every site''s.';
 
+-- A mark a transaction and scope is enough, so all but the first row only look: many rows go at once now and then.
 CREATE OR REPLACE FUNCTION opsmantik.note_deleted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    gone date := '-infinity';
+    noted text;
 BEGIN
     -- The leaf has its own name; the trigger is told its parent's.
-    PERFORM opsmantik.note_vanished(
-        TG_ARGV[0],
-        CASE TG_ARGV[0] WHEN 'sessions' THEN (to_jsonb(OLD) ->> 'created_month')::date
-                        WHEN 'events' THEN (to_jsonb(OLD) ->> 'session_month')::date END,
-        OLD.site_id, 'delete');
+    IF TG_ARGV[0] = 'events' THEN
+        gone := OLD.session_month;
+    ELSIF TG_ARGV[0] = 'sessions' THEN
+        gone := OLD.created_month;
+    END IF;
+    -- Rows go mostly site by site. The setting ends with the transaction, and is undone together with the mark.
+    noted := TG_ARGV[0] || ' ' || gone || ' ' || OLD.site_id || ' ' || pg_current_xact_id();
+    IF current_setting('opsmantik.noted', true) IS DISTINCT FROM noted THEN
+        INSERT INTO opsmantik.vanished (tab, month, site_id, xid, cause)
+        VALUES (TG_ARGV[0], gone, OLD.site_id, pg_current_xact_id(), 'delete')
+        ON CONFLICT DO NOTHING;
+        PERFORM set_config('opsmantik.noted', noted, true);
+    END IF;
     RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION opsmantik.note_deleted() IS 'After a row was deleted, or moved to another month.';
+COMMENT ON FUNCTION opsmantik.note_deleted() IS 'After a row was deleted, or moved to another key or month.';
 REVOKE ALL ON FUNCTION opsmantik.note_vanished(text, date, uuid, text), opsmantik.note_deleted()
     FROM PUBLIC, anon, authenticated, service_role;
-
--- Triggers for rows reach the leaves by themselves, those of later months too.
-CREATE OR REPLACE TRIGGER sessions_deleted AFTER DELETE ON public.sessions
-    FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('sessions');
-CREATE OR REPLACE TRIGGER events_deleted AFTER DELETE ON public.events
-    FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('events');
-CREATE OR REPLACE TRIGGER calls_deleted AFTER DELETE ON public.calls
-    FOR EACH ROW EXECUTE FUNCTION opsmantik.note_deleted('calls');
 
 -- A watcher of calls reads them in this order, a page at a time.
 CREATE INDEX IF NOT EXISTS calls_of_site ON public.calls (site_id, id);

@@ -12,33 +12,6 @@
 -- of these, whoever does it and with whatever hand, cost little when many rows go at once, and are cleared away when a newer one says the
 -- same. The triggers that leave them fire always; what fires no trigger is found by whoever looks next (`note_leaves`).
 
--- A mark a transaction and scope is enough, so all but the first row only look: many rows go at once now and then.
-CREATE OR REPLACE FUNCTION opsmantik.note_deleted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    gone date := '-infinity';
-    noted text;
-BEGIN
-    -- The leaf has its own name; the trigger is told its parent's.
-    IF TG_ARGV[0] = 'events' THEN
-        gone := OLD.session_month;
-    ELSIF TG_ARGV[0] = 'sessions' THEN
-        gone := OLD.created_month;
-    END IF;
-    -- Rows go mostly site by site. The setting ends with the transaction, and is undone together with the mark.
-    noted := TG_ARGV[0] || ' ' || gone || ' ' || OLD.site_id || ' ' || pg_current_xact_id();
-    IF current_setting('opsmantik.noted', true) IS DISTINCT FROM noted THEN
-        INSERT INTO opsmantik.vanished (tab, month, site_id, xid, cause)
-        VALUES (TG_ARGV[0], gone, OLD.site_id, pg_current_xact_id(), 'delete')
-        ON CONFLICT DO NOTHING;
-        PERFORM set_config('opsmantik.noted', noted, true);
-    END IF;
-    RETURN NULL;
-END
-$$;
-
 CREATE OR REPLACE FUNCTION opsmantik.note_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp

@@ -138,18 +138,19 @@ impl<R> Change<R> {
         }
     }
 
-    /// What of it somebody is told who sees only some places: a row that moves away is deleted there, and one that moves in is new.
-    pub fn within(self, seen: impl Fn(&R) -> bool) -> Option<Self> {
-        match self {
-            Self::Insert { new } => seen(&new).then_some(Self::Insert { new }),
-            Self::Delete { old } => seen(&old).then_some(Self::Delete { old }),
-            Self::Update { old, new } => match (seen(&old), seen(&new)) {
-                (true, true) => Some(Self::Update { old, new }),
-                (true, false) => Some(Self::Delete { old }),
-                (false, true) => Some(Self::Insert { new }),
-                (false, false) => None,
-            },
+    /// From the row before and the row after; none if there is neither.
+    pub fn of(before: Option<R>, after: Option<R>) -> Option<Self> {
+        match (before, after) {
+            (None, None) => None,
+            (None, Some(new)) => Some(Self::Insert { new }),
+            (Some(old), None) => Some(Self::Delete { old }),
+            (Some(old), Some(new)) => Some(Self::Update { old, new }),
         }
+    }
+
+    /// What of it somebody is told who sees only some rows: one that moves away is deleted there, and one that moves in is new.
+    pub fn within<'c, S>(&'c self, seen: impl Fn(&'c R) -> Option<S>) -> Option<Change<S>> {
+        Change::of(self.before().and_then(&seen), self.after().and_then(&seen))
     }
 }
 
@@ -181,11 +182,11 @@ mod tests {
     #[test]
     fn who_sees_half_of_a_move_is_told_that_half() {
         let moved = Change::Update { old: 1, new: 2 };
-        assert_eq!(moved.clone().within(|_| true), Some(moved.clone()));
-        assert_eq!(moved.clone().within(|row| *row == 1), Some(Change::Delete { old: 1 }));
-        assert_eq!(moved.clone().within(|row| *row == 2), Some(Change::Insert { new: 2 }));
-        assert_eq!(moved.within(|_| false), None);
-        assert_eq!(Change::Insert { new: 3 }.within(|row| *row == 1), None);
-        assert_eq!(Change::Delete { old: 3 }.within(|row| *row == 1), None);
+        assert_eq!(moved.within(|row| Some(*row)), Some(moved.clone()));
+        assert_eq!(moved.within(|row| Some(*row).filter(|row| *row == 1)), Some(Change::Delete { old: 1 }));
+        assert_eq!(moved.within(|row| Some(*row).filter(|row| *row == 2)), Some(Change::Insert { new: 2 }));
+        assert_eq!(moved.within(|_| None::<i32>), None);
+        assert_eq!(Change::Insert { new: 3 }.within(|row| Some(*row).filter(|row| *row == 1)), None);
+        assert_eq!(Change::Delete { old: 3 }.within(|row| Some(*row).filter(|row| *row == 1)), None);
     }
 }

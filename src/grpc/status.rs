@@ -73,6 +73,11 @@ pub(super) fn bad_request(violations: Vec<Rejection>) -> Status {
     Status::with_error_details(Code::InvalidArgument, summary, details)
 }
 
+/// A task of ours broke. Its panic is in the log, and no caller's business.
+pub(super) fn broken() -> Status {
+    Status::internal("something broke here; it has been logged")
+}
+
 /// UNAVAILABLE: nothing was promised; try again.
 pub(super) fn unavailable(why: Unavailable) -> Status {
     let message = match why {

@@ -184,12 +184,7 @@ impl Store {
         span: Span,
         limit: u32,
     ) -> Result<Option<Seen<Page>>, StoreError> {
-        let tx = self.begin(Purpose::Read(reader)).await?;
-        let moment = tx.query(&MOMENT, &[]).await?;
-        if tx.query(&SITE_IS_SEEN, &[&site.as_uuid()]).await?.is_empty() {
-            tx.rollback().await?;
-            return Ok(None);
-        }
+        let Some((tx, moment)) = self.moment(reader, site).await? else { return Ok(None) };
         let page = page(&tx, table, site, span, limit).await?;
         tx.commit().await?;
         seen(MOMENT.name, &moment, |_| Ok(page)).map(Some)
@@ -208,17 +203,23 @@ impl Store {
             Table::Sessions | Table::Calls => &NEXT_MONTH_OF_SESSIONS,
         };
         let from = from.map_or(FIRST_MONTH, Month::first_day);
+        let Some((tx, moment)) = self.moment(reader, site).await? else { return Ok(None) };
+        let rows = tx.query(statement, &[&site.as_uuid(), &from, &LAST_MONTH]).await?;
+        tx.commit().await?;
+        let month = rows.first().map(|row| row.try_get::<_, NaiveDate>(0)).transpose();
+        let month = month.map_err(|error| StoreError::unreadable(statement.name, error))?;
+        seen(MOMENT.name, &moment, |_| Ok(month.map(Month::containing))).map(Some)
+    }
+
+    /// A reader's transaction, and the moment that it sees; none if the reader sees no such site.
+    async fn moment(&self, reader: Reader, site: SiteId) -> Result<Option<(Transaction<'_>, Vec<Row>)>, StoreError> {
         let tx = self.begin(Purpose::Read(reader)).await?;
         let moment = tx.query(&MOMENT, &[]).await?;
         if tx.query(&SITE_IS_SEEN, &[&site.as_uuid()]).await?.is_empty() {
             tx.rollback().await?;
             return Ok(None);
         }
-        let rows = tx.query(statement, &[&site.as_uuid(), &from, &LAST_MONTH]).await?;
-        tx.commit().await?;
-        let month = rows.first().map(|row| row.try_get::<_, NaiveDate>(0)).transpose();
-        let month = month.map_err(|error| StoreError::unreadable(statement.name, error))?;
-        seen(MOMENT.name, &moment, |_| Ok(month.map(Month::containing))).map(Some)
+        Ok(Some((tx, moment)))
     }
 
     /// Whether a transaction from `since` on took rows away that could have been seen here.

@@ -172,7 +172,7 @@ impl Intake {
                         Ok(Err(status)) => self.close(status),
                         Err(broken) => {
                             tracing::error!(error = %broken, "taking an event broke");
-                            self.close(Status::internal("something broke here; it has been logged"));
+                            self.close(status::broken());
                         }
                     }
                 }

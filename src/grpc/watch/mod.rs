@@ -126,7 +126,7 @@ fn told<A: Send + 'static>(
     let answers = stream::unfold(answers, |mut answers| async move { Some((Ok(answers.recv().await?), answers)) });
     let end = stream::once(ended).filter_map(async |status| {
         // A task that ends without a word has broken.
-        Some(Err(status.unwrap_or_else(|_| Status::internal("something broke here; it has been logged"))))
+        Some(Err(status.unwrap_or_else(|_| status::broken())))
     });
     answers.chain(end).boxed()
 }

@@ -63,12 +63,7 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             let id = tuple.column::<Uuid>("id").ok().filter(|_| watched)?;
             Some((Key { month: place.month, id }, tuple))
         };
-        match (change.before().and_then(keyed), change.after().and_then(keyed)) {
-            (None, None) => None,
-            (None, Some(new)) => Some(Change::Insert { new }),
-            (Some(old), None) => Some(Change::Delete { old }),
-            (Some(old), Some(new)) => Some(Change::Update { old, new }),
-        }
+        change.within(keyed)
     }
 
     /// Whether to tell that a row is gone.
@@ -92,12 +87,7 @@ impl<W: Watched, L: Log, T: Tables<W>> Watcher<W, L, T> {
             None => Ok(None),
         };
         let (old, new) = (shown(change.before())?, shown(change.after())?);
-        let change = match (old, new) {
-            (None, None) => return Ok(()),
-            (None, Some(new)) => Change::Insert { new },
-            (Some(old), None) => Change::Delete { old },
-            (Some(old), Some(new)) => Change::Update { old, new },
-        };
+        let Some(change) = Change::of(old, new) else { return Ok(()) };
         let mark = mark.unwrap_or_else(|| self.mark());
         self.say(mark, Said::Changed(change, entry.committed_at)).await
     }
