@@ -50,6 +50,13 @@ pub fn reaches(before: Option<&Session>, after: &Session) -> Vec<Reach> {
     old.iter().chain(new.iter()).map(reach).collect()
 }
 
+/// Whether what was found of a stored session's history still holds: nothing that it rests on has changed with the session itself.
+pub fn settled(before: Option<&Session>, after: &Session) -> bool {
+    let rests_on =
+        |session: &Session| (session.fingerprint().map(str::to_owned), session.created_at, session.is_direct());
+    before.is_some_and(|before| rests_on(before) == rests_on(after))
+}
+
 /// The months in which a session that was created at such a time can be stored: a session's month is the month of one of its
 /// arrivals or a neighbour of it, and so is every arrival a neighbour of its session's month.
 pub fn months_between(from: DateTime<Utc>, until: DateTime<Utc>) -> (Month, Month) {

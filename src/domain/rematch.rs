@@ -4,6 +4,8 @@
 //! its window, by an event of a session with its fingerprint, by a session that gains or loses that fingerprint, and by whatever changes
 //! what was frozen of the session that it is credited to. Naming too many calls is harmless: matching again changes nothing then.
 
+use std::collections::{BTreeMap, HashSet};
+
 use chrono::{DateTime, Utc};
 
 use super::event::{Event, is_call_action};
@@ -29,6 +31,26 @@ pub struct Touched {
 impl Touched {
     pub fn is_empty(&self) -> bool {
         self.clicks.is_empty() && self.fingerprints.is_empty() && self.credited.is_empty()
+    }
+
+    /// For each site the earliest start of a call that may be touched.
+    pub fn since(&self) -> BTreeMap<SiteId, DateTime<Utc>> {
+        let clicks = self.clicks.iter().map(|(site, span)| (*site, span.0));
+        let told = self.fingerprints.iter().map(|(site, _, span)| (*site, span.0));
+        let credited = self.credited.iter().map(|(key, since)| (key.site_id, *since));
+        let mut earliest: BTreeMap<SiteId, DateTime<Utc>> = BTreeMap::new();
+        for (site, since) in clicks.chain(told).chain(credited) {
+            earliest.entry(site).and_modify(|earliest| *earliest = since.min(*earliest)).or_insert(since);
+        }
+        earliest
+    }
+
+    /// What of it belongs to these sites.
+    pub fn of_sites(mut self, sites: &HashSet<SiteId>) -> Self {
+        self.clicks.retain(|(site, _)| sites.contains(site));
+        self.fingerprints.retain(|(site, ..)| sites.contains(site));
+        self.credited.retain(|(key, _)| sites.contains(&key.site_id));
+        self
     }
 
     /// A session went from `before` (none: it is new) to `after` by these new events.

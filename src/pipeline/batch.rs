@@ -1,9 +1,11 @@
 //! A batch in one transaction with a fixed number of statements, whatever its size.
 //!
-//! Pass the gates of the sites and lock the sessions by name; load them from the three months they can be in; insert the events and learn which are new; merge the new ones
-//! into their sessions (pure); lock the fingerprints; ask for their ads history; write the sessions. Only when a paid visit appeared or moved:
-//! look for the stored sessions that follow it, ask for their history, correct them. Only when something came in that calls may care for:
-//! note the calls that have to be matched again.
+//! Pass the gates of the sites and lock sessions and fingerprints by name; load the sessions from the three months they can be in; insert the
+//! events and learn which are new; merge the new ones into their sessions (pure); write them. Only of sessions whose history is not settled:
+//! ask for it. Only when a paid visit appeared or moved: look for the stored sessions that follow it, ask for their history, correct them.
+//! Only when something came in that calls may care for: note the calls that have to be matched again.
+//!
+//! A step that does not need the answer of the one before is sent along with it, so a batch waits for the database about five times.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -30,6 +32,13 @@ struct Change {
     after: Session,
 }
 
+impl Change {
+    /// Whether there is one, or only copies came in.
+    fn is_one(&self) -> bool {
+        self.before.as_ref() != Some(&self.after)
+    }
+}
+
 /// What became of a batch.
 #[derive(Debug, Default)]
 pub(super) struct Written {
@@ -45,13 +54,21 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
     let months = Month::neighbourhood(first.arrival_month());
     debug_assert!(events.iter().all(|event| event.arrival_month() == months[1]), "a batch has one arrival month");
 
-    let tx = store.begin(Purpose::Serve).await?;
     let mut visits: Vec<(SiteId, SessionId)> = events.iter().map(|event| (event.site_id, event.session_id)).collect();
     visits.sort_unstable();
     visits.dedup();
     let sites: Vec<SiteId> = visits.iter().map(|(site, _)| *site).collect();
-    locks::pass(&tx, &sites, visits.iter().map(|(site, id)| LockName::session(*site, *id)).collect()).await?;
-    let stored = store::sessions::load(&tx, months, &visits).await?;
+    let told =
+        events.iter().filter_map(|event| Some(LockName::fingerprint(event.site_id, event.fingerprint.as_deref()?)));
+    let told: HashSet<LockName> = told.collect();
+    let names = visits.iter().map(|(site, id)| LockName::session(*site, *id)).chain(told.iter().copied()).collect();
+
+    let tx = store.prepare(Purpose::Serve).await?;
+    let (begun, passed, loaded) =
+        tokio::join!(tx.enter(), locks::pass(&tx, &sites, names), store::sessions::load(&tx, months, &visits));
+    begun?;
+    passed?;
+    let stored = loaded?;
     let known = known_by_visit(&stored);
     let settled =
         if known.len() < stored.len() { settled(&tx, months, events, &stored).await? } else { HashMap::new() };
@@ -60,12 +77,14 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
     let new = insert(&tx, &placed).await?;
     let mut changes = merge(&placed, &new, stored);
     let mut rematch = Vec::new();
-    if changes.values().any(|change| change.before.as_ref() != Some(&change.after)) {
-        attribute(&tx, &mut changes).await?;
-        let sessions: Vec<&Session> = changes.values().map(|change| &change.after).collect();
-        store::sessions::upsert(&tx, &sessions).await?;
-        let corrected = correct_followers(&tx, &changes).await?;
-        rematch = store::rematches::note(&tx, &touched(&changes, &placed, &new, corrected)).await?;
+    if changes.values().any(Change::is_one) {
+        attribute(&tx, &mut changes, &told).await?;
+        let sessions: Vec<&Session> =
+            changes.values().filter(|change| change.is_one()).map(|change| &change.after).collect();
+        let (written, corrected) =
+            tokio::join!(store::sessions::upsert(&tx, &sessions), correct_followers(&tx, &changes));
+        written?;
+        rematch = store::rematches::note(&tx, touched(&changes, &placed, &new, corrected?)).await?;
     }
     let outcomes = outcomes(&tx, months, &placed, &new, &changes).await?;
     tx.commit().await?;
@@ -86,7 +105,7 @@ fn touched(
         }
     }
     let mut touched = Touched::default();
-    for (key, change) in changes.iter().filter(|(_, change)| change.before.as_ref() != Some(&change.after)) {
+    for (key, change) in changes.iter().filter(|(_, change)| change.is_one()) {
         let events = by_session.remove(key).unwrap_or_default();
         touched.by_session(change.before.as_ref(), &change.after, &events);
     }
@@ -214,19 +233,36 @@ fn merge(placed: &[(SessionKey, &Event)], new: &HashSet<usize>, stored: Vec<Sess
     changes
 }
 
-/// Settles for every session of the batch whether it follows an ad: by the table, and by the batch itself.
-async fn attribute(tx: &Transaction<'_>, changes: &mut BTreeMap<SessionKey, Change>) -> Result<(), StoreError> {
+/// Settles for the sessions of the batch whether they follow an ad: by the table, and by the batch itself. `told` are the fingerprints that were locked
+/// before the sessions were read. What is stored of a session with such a fingerprint holds, unless the batch itself changes what it rests on:
+/// whoever moves a paid visit corrects its followers under the same lock.
+async fn attribute(
+    tx: &Transaction<'_>,
+    changes: &mut BTreeMap<SessionKey, Change>,
+    told: &HashSet<LockName>,
+) -> Result<(), StoreError> {
     let lock = |session: &Session| Some(LockName::fingerprint(session.key.site_id, session.fingerprint()?));
     let names = changes.values().flat_map(|change| [change.before.as_ref().and_then(lock), lock(&change.after)]);
-    locks::take(tx, names.flatten().collect()).await?;
+    let late: HashSet<LockName> = names.flatten().filter(|name| !told.contains(name)).collect();
+    locks::take(tx, late.iter().copied().collect()).await?;
 
+    let reaches = changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after));
+    let moved: HashSet<LockName> =
+        reaches.map(|reach| LockName::fingerprint(reach.key.site_id, &reach.fingerprint)).collect();
+    let settled = |change: &Change| {
+        ads_history::settled(change.before.as_ref(), &change.after)
+            && lock(&change.after).is_none_or(|name| !late.contains(&name) && !moved.contains(&name))
+    };
+    let open: Vec<SessionKey> = changes.iter().filter(|(_, change)| !settled(change)).map(|(key, _)| *key).collect();
     let asked: Vec<Visit> =
-        changes.values().filter(|change| !change.after.is_direct()).filter_map(|change| visit(&change.after)).collect();
+        open.iter().map(|key| &changes[key].after).filter(|session| !session.is_direct()).filter_map(visit).collect();
     let answers = judge(tx, &asked, changes).await?;
     let assisted: HashSet<SessionKey> =
         asked.iter().zip(answers).filter(|(_, follows)| *follows).map(|(visit, _)| visit.key).collect();
-    for (key, change) in changes.iter_mut() {
-        change.after.ads_assisted = assisted.contains(key);
+    for key in open {
+        if let Some(change) = changes.get_mut(&key) {
+            change.after.ads_assisted = assisted.contains(&key);
+        }
     }
     Ok(())
 }

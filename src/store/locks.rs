@@ -5,7 +5,8 @@
 //!
 //! Whoever writes events passes the gate of each site with others; whoever matches calls has the gate of their one site for themselves, so
 //! what they see of the site's events is whole. A writer takes gates first, then session locks, then fingerprint locks, each sorted,
-//! before it writes a row; so two writers cannot wait for each other in a circle.
+//! before it writes a row; so two writers cannot wait for each other in a circle. Only a fingerprint that no event of a batch tells, but a
+//! stored session of it does, is locked late. Two writers with several such might: PostgreSQL then ends one of them, and it is tried again.
 
 use uuid::Uuid;
 
@@ -45,7 +46,7 @@ fn gate(site: SiteId) -> i32 {
 }
 
 /// The name of a lock. Sessions and fingerprints have halves of the number space of their own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LockName(i64);
 
 impl LockName {
@@ -63,26 +64,29 @@ fn fold(uuid: Uuid) -> i64 {
     (high ^ low).cast_signed()
 }
 
-/// Takes locks until the end of the transaction.
-pub async fn take(tx: &Transaction<'_>, mut names: Vec<LockName>) -> Result<(), StoreError> {
-    names.sort_unstable();
+/// The order in which locks are taken: those of sessions, which are positive, before those of fingerprints.
+fn in_order(mut names: Vec<LockName>) -> Vec<i64> {
+    names.sort_unstable_by(|a, b| b.cmp(a));
     names.dedup();
+    names.into_iter().map(|name| name.0).collect()
+}
+
+/// Takes locks until the end of the transaction.
+pub async fn take(tx: &Transaction<'_>, names: Vec<LockName>) -> Result<(), StoreError> {
     if names.is_empty() {
         return Ok(());
     }
-    let names: Vec<i64> = names.into_iter().map(|name| name.0).collect();
+    let names = in_order(names);
     tx.query(&LOCK_NAMES, &[&names]).await?;
     Ok(())
 }
 
 /// Passes the gates of sites, together with others who write their events, and takes locks; until the end of the transaction.
-pub async fn pass(tx: &Transaction<'_>, sites: &[SiteId], mut names: Vec<LockName>) -> Result<(), StoreError> {
+pub async fn pass(tx: &Transaction<'_>, sites: &[SiteId], names: Vec<LockName>) -> Result<(), StoreError> {
     let mut gates: Vec<i32> = sites.iter().map(|site| gate(*site)).collect();
     gates.sort_unstable();
     gates.dedup();
-    names.sort_unstable();
-    names.dedup();
-    let names: Vec<i64> = names.into_iter().map(|name| name.0).collect();
+    let names = in_order(names);
     tx.query(&PASS_GATES, &[&GATES, &gates, &names]).await?;
     Ok(())
 }

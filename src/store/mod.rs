@@ -52,10 +52,17 @@ impl Store {
 
     /// Opens a transaction under the role of its purpose.
     pub async fn begin(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
+        let transaction = self.prepare(purpose).await?;
+        transaction.enter().await?;
+        Ok(transaction)
+    }
+
+    /// A transaction that is yet to be entered, so that its first statements can be sent along with that; see [`Transaction::enter`].
+    pub async fn prepare(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
         let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
             .unwrap_or_else(|_| Err(StoreError::away("connect", "no connection became free in time")))?;
-        Transaction::begin(connection, purpose).await
+        Ok(Transaction::on(connection, purpose))
     }
 
     /// A connection, or the news that there is none and none can be opened.

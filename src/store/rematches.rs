@@ -1,6 +1,8 @@
 //! `opsmantik.call_rematches`: calls that have to be matched again. Noted in the transaction that touched their window, so that nothing
 //! that happens to a server in between is able to forget them.
 
+use std::collections::HashSet;
+
 use chrono::{DateTime, NaiveDate, Utc};
 use uuid::Uuid;
 
@@ -10,6 +12,16 @@ use super::statement::Months;
 use super::transaction::{Purpose, Transaction};
 use crate::domain::id::{CallId, SiteId};
 use crate::domain::rematch::Touched;
+
+crate::statement!(
+    /// Of these sites, those with a call that began at their time or later. Far cheaper to plan than to look for the calls themselves, and most
+    /// sites have none in most batches.
+    SITES_WITH_CALLS_SINCE,
+    Months::None,
+    [UUID_ARRAY, TIMESTAMPTZ_ARRAY],
+    "SELECT asked.site_id FROM unnest($1, $2) AS asked (site_id, since) \
+     WHERE EXISTS (SELECT FROM public.calls c WHERE c.site_id = asked.site_id AND c.started_at >= asked.since)"
+);
 
 crate::statement!(
     /// By a click in the window; by the fingerprint; by the session that is credited. Judged calls keep their match.
@@ -67,7 +79,16 @@ fn ids(rows: &[tokio_postgres::Row], operation: &'static str) -> Result<Vec<Uuid
 }
 
 /// Notes the calls that were touched; their sites. The caller has passed the gates of these.
-pub async fn note(tx: &Transaction<'_>, touched: &Touched) -> Result<Vec<SiteId>, StoreError> {
+pub async fn note(tx: &Transaction<'_>, touched: Touched) -> Result<Vec<SiteId>, StoreError> {
+    let since = touched.since();
+    if since.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (sites, since): (Vec<Uuid>, Vec<DateTime<Utc>>) =
+        since.iter().map(|(site, since)| (site.as_uuid(), *since)).unzip();
+    let rows = tx.query(&SITES_WITH_CALLS_SINCE, &[&sites, &since]).await?;
+    let sites: HashSet<SiteId> = ids(&rows, SITES_WITH_CALLS_SINCE.name)?.into_iter().map(SiteId::from_uuid).collect();
+    let touched = touched.of_sites(&sites);
     if touched.is_empty() {
         return Ok(Vec::new());
     }

@@ -6,7 +6,7 @@
 //! the caller's deadline passed or they hung up, the server is asked to stop it.
 
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use tokio_postgres::Row;
@@ -85,19 +85,22 @@ fn as_user(user: UserId) -> String {
 /// An open transaction.
 pub struct Transaction<'a> {
     connection: bb8::PooledConnection<'a, super::pool::Manager>,
-    /// A statement was sent and has not ended.
-    busy: AtomicBool,
+    /// Statements that were sent and have not ended.
+    purpose: Purpose,
+    busy: AtomicUsize,
 }
 
 impl<'a> Transaction<'a> {
-    pub(super) async fn begin(
-        connection: bb8::PooledConnection<'a, super::pool::Manager>,
-        purpose: Purpose,
-    ) -> Result<Self, StoreError> {
+    /// One that is not open yet: see [`Transaction::enter`].
+    pub(super) fn on(connection: bb8::PooledConnection<'a, super::pool::Manager>, purpose: Purpose) -> Self {
         connection.set_in_transaction(true);
-        let transaction = Self { connection, busy: AtomicBool::new(false) };
-        transaction.simple(BEGIN, &purpose.opening()).await?;
-        Ok(transaction)
+        Self { connection, purpose, busy: AtomicUsize::new(0) }
+    }
+
+    /// Opens it. Statements may be sent along with this, after it: if it fails, so does all that was said to happen in the transaction, and
+    /// nothing of it may be used.
+    pub async fn enter(&self) -> Result<(), StoreError> {
+        self.simple(BEGIN, &self.purpose.opening()).await
     }
 
     /// Opens one that sees what a replication slot's exported snapshot saw. `snapshot` is PostgreSQL's name for it.
@@ -109,8 +112,7 @@ impl<'a> Transaction<'a> {
         if snapshot.is_empty() || !snapshot.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-') {
             return Err(StoreError::unreadable(OPERATION, "that is no name of a snapshot"));
         }
-        connection.set_in_transaction(true);
-        let transaction = Self { connection, busy: AtomicBool::new(false) };
+        let transaction = Self::on(connection, Purpose::Serve);
         let opening = format!(
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '{snapshot}'; \
              SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'"
@@ -125,9 +127,9 @@ impl<'a> Transaction<'a> {
 
     #[allow(clippy::disallowed_methods)] // the one place that may
     async fn simple(&self, operation: &'static str, sql: &str) -> Result<(), StoreError> {
-        self.busy.store(true, Ordering::Relaxed);
+        self.busy.fetch_add(1, Ordering::Relaxed);
         let done = self.connection().client().batch_execute(sql).await;
-        self.busy.store(false, Ordering::Relaxed);
+        self.busy.fetch_sub(1, Ordering::Relaxed);
         done.map_err(|error| StoreError::of(operation, error))
     }
 
@@ -141,9 +143,9 @@ impl<'a> Transaction<'a> {
         assert_eq!(statement.params.len(), params.len(), "{} is called as it is declared", statement.name);
         let typed: Vec<_> = params.iter().copied().zip(statement.params.iter().cloned()).collect();
         let started = Instant::now();
-        self.busy.store(true, Ordering::Relaxed);
+        self.busy.fetch_add(1, Ordering::Relaxed);
         let rows = self.connection().client().query_typed((statement.sql)(), &typed).await;
-        self.busy.store(false, Ordering::Relaxed);
+        self.busy.fetch_sub(1, Ordering::Relaxed);
         telemetry::time_statement(statement.name, started.elapsed(), rows.is_ok());
         rows.map_err(|error| StoreError::of(statement.name, error))
     }
@@ -165,7 +167,7 @@ impl<'a> Transaction<'a> {
 
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
-        if self.busy.load(Ordering::Relaxed) {
+        if self.busy.load(Ordering::Relaxed) > 0 {
             self.connection().cancel_running();
         }
     }
