@@ -1,0 +1,44 @@
+//! The rows of the table. A new one is a file with a function from a [`Plan`] to a [`Report`], and a line in [`ROWS`].
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+
+use crate::report::Report;
+
+mod kill;
+
+/// What a row is asked to do.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub name: &'static str,
+    pub rounds: u32,
+    pub long: bool,
+    pub seed: u64,
+}
+
+pub struct Row {
+    pub name: &'static str,
+    pub what: &'static str,
+    /// Rounds of the short form ...
+    pub short: u32,
+    /// ... and of the long one.
+    pub long: u32,
+    pub run: fn(Plan) -> BoxFuture<'static, Report>,
+}
+
+macro_rules! row {
+    ($name:literal, $short:literal, $long:literal, $run:path, $what:literal) => {
+        Row { name: $name, what: $what, short: $short, long: $long, run: |plan| $run(plan).boxed() }
+    };
+}
+
+pub const ROWS: &[Row] = &[
+    row!("kill-server", 2, 30, kill::server, "kill -9 of the server under load through every door"),
+    row!(
+        "kill-postgres",
+        2,
+        30,
+        kill::postgres,
+        "immediate shutdown of PostgreSQL under load through every door, and its restart"
+    ),
+];
