@@ -27,8 +27,6 @@ struct Book {
     without_when: u64,
     odd: BTreeMap<String, u64>,
     slowest: Duration,
-    /// When the first was stored since [`Ledger::listen`].
-    first: Option<Instant>,
 }
 
 impl Book {
@@ -40,9 +38,7 @@ impl Book {
                 self.without_when += u64::from(!told_when);
             }
             Said::Odd(text) => *self.odd.entry(text.clone()).or_default() += 1,
-            Said::Yes => {
-                self.first.get_or_insert_with(Instant::now);
-            }
+            Said::Yes => {}
         }
         if *said != Said::Nothing {
             self.slowest = self.slowest.max(began.elapsed());
@@ -79,15 +75,6 @@ impl Ledger {
     pub fn answered_work(&self) -> Work {
         let book = self.book();
         Work { events: book.events.iter().copied().collect(), calls: book.calls.iter().copied().collect() }
-    }
-
-    /// From now on the first answer counts.
-    pub fn listen(&self) {
-        self.book().first = None;
-    }
-
-    pub fn first_answer(&self) -> Option<Instant> {
-        self.book().first
     }
 
     /// They are to be answered anew.

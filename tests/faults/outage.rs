@@ -1,1 +1,251 @@
+//! A fault that begins and ends while visitors keep coming: what each of them hears, how long they wait for it, and when all is well again.
+//!
+//! Visitors do not wait for each other. Each comes through the door that its event takes; every tenth is a telephone call.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_postgres::Client;
+use tonic::transport::Endpoint;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+use crate::doors::{Doors, OPEN, Said, Work, send_until_answered};
+use crate::ledger::{self, Ledger, Stored};
+use crate::report::Report;
+use crate::rows::Plan;
+use crate::support::process::Server;
+use crate::world::World;
+
+/// A visitor comes this often.
+const EVERY: Duration = Duration::from_millis(30);
+/// Visitors before and after the fault.
+const BEFORE: Duration = Duration::from_millis(1_000);
+const AFTER: Duration = Duration::from_millis(2_500);
+
+/// What a row holds the server to.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Nobody waits longer for an answer.
+    pub answer: Duration,
+    /// Nobody who comes so long after the end of the fault notices it.
+    pub recovery: Duration,
+    /// `/readyz` and gRPC health tell of the fault within this time; none where it may not be seen.
+    pub noticed: Option<Duration>,
+}
+
+impl Bounds {
+    /// What a database that does not answer at once allows.
+    pub const QUICK: Self = Self {
+        answer: Duration::from_millis(3_500),
+        recovery: Duration::from_secs(1),
+        noticed: Some(Duration::from_secs(5)),
+    };
+    /// The patience of the pipeline, and what is asked before it.
+    pub const PATIENT: Self = Self { answer: Duration::from_secs(10), ..Self::QUICK };
+}
+
+struct Probe {
+    n: u32,
+    call: bool,
+    began: Instant,
+    took: Duration,
+    said: Said,
+}
+
+/// When it was asked, when the answer came, and whether that was a yes.
+type Looks = Vec<(Instant, Instant, bool)>;
+
+/// A server in front of a database that something will happen to.
+pub struct Stage {
+    pub server: Server,
+    pub report: Report,
+    doors: Doors,
+    world: Arc<World>,
+    next: u32,
+    all: Work,
+    answered: Work,
+}
+
+impl Stage {
+    /// `url` is how the server reaches the database.
+    pub async fn set(plan: &Plan, url: &str, token: &str, more: &[(&str, &str)]) -> Self {
+        let server = Server::start_with(url, &[&OPEN, more].concat()).await;
+        let doors = Doors::of(&server, token);
+        let world = Arc::new(World::new(plan.seed, 300));
+        Self {
+            server,
+            report: Report::default(),
+            doors,
+            world,
+            next: 0,
+            all: Work::default(),
+            answered: Work::default(),
+        }
+    }
+
+    /// One outage: `fault` begins it, `mend` ends it.
+    pub async fn outage(
+        &mut self,
+        hold: Duration,
+        bounds: Bounds,
+        fault: impl AsyncFnOnce(),
+        mend: impl AsyncFnOnce(),
+    ) {
+        let done = Arc::new(AtomicBool::new(false));
+        let visitors = self.visitors(done.clone());
+        let (ready, serving) = (look_at_ready(&self.server, done.clone()), look_at_health(&self.server, done.clone()));
+        tokio::time::sleep(BEFORE).await;
+        let began = Instant::now();
+        fault().await;
+        tokio::time::sleep(hold).await;
+        mend().await;
+        let back = Instant::now();
+        tokio::time::sleep(AFTER).await;
+        done.store(true, Ordering::Relaxed);
+        let probes = visitors.await.expect("the visitors do not panic");
+        self.next += u32::try_from(probes.len()).expect("a few hundred");
+        self.judge(&probes, began, back, bounds);
+        let looks = [("/readyz", ready), ("gRPC health", serving)];
+        for (what, looks) in looks {
+            let looks = looks.await.expect("looking does not panic");
+            self.judge_looks(what, &looks, began, back, bounds);
+        }
+    }
+
+    fn visitors(&self, done: Arc<AtomicBool>) -> JoinHandle<Vec<Probe>> {
+        let (doors, world, mut n) = (self.doors.clone(), self.world.clone(), self.next);
+        tokio::spawn(async move {
+            let mut visits = JoinSet::new();
+            while !done.load(Ordering::Relaxed) {
+                n += 1;
+                let (doors, world) = (doors.clone(), world.clone());
+                visits.spawn(async move {
+                    let (began, call) = (Instant::now(), n % 10 == 0);
+                    let said = if call {
+                        doors.call(world.call(n)).await
+                    } else {
+                        let event = world.event(n);
+                        doors.send(event.door, &[event]).await.remove(0)
+                    };
+                    Probe { n, call, began, took: began.elapsed(), said }
+                });
+                tokio::time::sleep(EVERY).await;
+            }
+            visits.join_all().await
+        })
+    }
+
+    fn judge(&mut self, probes: &[Probe], began: Instant, back: Instant, bounds: Bounds) {
+        let report = &mut self.report;
+        let (mut refused, mut unwell) = (0, None);
+        for probe in probes {
+            let what = if probe.call { "call".to_owned() } else { format!("{:?}", self.world.event(probe.n).door) };
+            report.waited(probe.took);
+            report.demand(
+                probe.took <= bounds.answer,
+                format!("{what}: an answer after {:?}: {:?}", probe.took, probe.said),
+            );
+            if probe.call { &mut self.all.calls } else { &mut self.all.events }.push(probe.n);
+            match &probe.said {
+                Said::Yes => {
+                    report.answered += 1;
+                    if probe.call { &mut self.answered.calls } else { &mut self.answered.events }.push(probe.n);
+                }
+                Said::Later { told_when } => {
+                    refused += 1;
+                    report.demand(*told_when, format!("{what}: a refusal without a word on when to come again"));
+                    report.demand(
+                        probe.began + probe.took >= began,
+                        format!("{what}: refused before anything was wrong"),
+                    );
+                }
+                other => report.demand(false, format!("{what}: {other:?}")),
+            }
+            if probe.said != Said::Yes && probe.began > back {
+                unwell = unwell.max(Some(probe.began - back));
+            }
+        }
+        let recovery = unwell.unwrap_or_default();
+        report.sent += probes.len() as u64;
+        report.refused += refused;
+        report.recovered_after(recovery);
+        report.demand(refused > 0, "nobody noticed the fault: the row says nothing");
+        report.demand(
+            recovery <= bounds.recovery,
+            format!("who came {recovery:?} after the end of the fault was still refused"),
+        );
+    }
+
+    fn judge_looks(&mut self, what: &str, looks: &Looks, began: Instant, back: Instant, bounds: Bounds) {
+        let well_before = looks.iter().filter(|(_, ended, _)| *ended < began).any(|(.., well)| *well);
+        self.report.demand(well_before, format!("{what}: not well before the fault"));
+        let Some(limit) = bounds.noticed else { return };
+        match looks.iter().find(|(_, ended, well)| *ended > began && !well) {
+            Some((_, ended, _)) => {
+                let after = *ended - began;
+                self.report.note(format!("{what} told of it after {:.1} s", after.as_secs_f64()));
+                self.report.demand(after <= limit, format!("{what} told of the fault only after {after:?}"));
+            }
+            None => self.report.demand(false, format!("{what} never told of the fault")),
+        }
+        let last =
+            looks.iter().filter(|(asked, _, well)| *asked > back && !well).map(|(asked, ..)| *asked - back).max();
+        let last = last.unwrap_or_default();
+        self.report.demand(last <= bounds.recovery, format!("{what} still told of the fault {last:?} after its end"));
+        self.report.demand(looks.last().is_some_and(|(.., well)| *well), format!("{what} is not well in the end"));
+    }
+
+    /// What was answered is there; after a retry of all everything is, once.
+    pub async fn end(mut self, admin: &Client, stop_limit: Duration) -> Report {
+        let ledger = Arc::new(Ledger::default());
+        let stored = Stored::read(admin).await;
+        self.report.doubled += stored.doubled;
+        self.report.lost += stored.missing(&self.answered);
+        if let Err(why) =
+            send_until_answered(&self.doors, &self.world, &ledger, &self.all, Duration::from_secs(60)).await
+        {
+            self.report.demand(false, why);
+        }
+        let stored = Stored::read(admin).await;
+        self.report.stored = stored.rows;
+        self.report.doubled += stored.doubled;
+        self.report.lost += stored.missing(&self.all);
+        ledger::sessions_count(admin, &mut self.report).await;
+        self.server.program.stop(stop_limit).await;
+        self.report
+    }
+}
+
+fn look_at_ready(server: &Server, done: Arc<AtomicBool>) -> JoinHandle<Looks> {
+    let (url, client) = (server.ready_url(), crate::support::process::client());
+    tokio::spawn(async move {
+        let mut looks = Looks::new();
+        while !done.load(Ordering::Relaxed) {
+            let asked = Instant::now();
+            let well = client.get(&url).send().await.is_ok_and(|answer| answer.status() == 200);
+            looks.push((asked, Instant::now(), well));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        looks
+    })
+}
+
+fn look_at_health(server: &Server, done: Arc<AtomicBool>) -> JoinHandle<Looks> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc)).expect("an address is a URI");
+    tokio::spawn(async move {
+        let mut health = HealthClient::new(endpoint.connect_lazy());
+        let mut looks = Looks::new();
+        while !done.load(Ordering::Relaxed) {
+            let asked = Instant::now();
+            let answer = health.check(HealthCheckRequest::default()).await;
+            let well = answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving);
+            looks.push((asked, Instant::now(), well));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        looks
+    })
+}

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use opsmantik::domain::access::Scope;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
 use super::Plan;
-use crate::doors::{Doors, OPEN, Work, send, send_until_answered};
+use crate::doors::{Doors, OPEN, Said, Work, send, send_until_answered};
 use crate::ledger::{self, Ledger, Stored};
 use crate::report::Report;
 use crate::support::database::{Database, connect, database};
@@ -98,14 +99,23 @@ impl Scene {
         ledger::sessions_count(admin, &mut self.report).await;
     }
 
-    /// Sends all of a round again until all of it is answered; it is there exactly once then. `since`: when what was killed began to come back.
-    pub async fn retry(&mut self, doors: &Doors, admin: &Client, round: u32, work: &Work, since: Instant) {
-        self.ledger.listen();
+    /// Knocks at a door from now on; how long it takes until it is answered there that an event is stored.
+    pub fn knock(&self, doors: &Doors, work: &Work) -> JoinHandle<Duration> {
+        let event = work.events.iter().rev().map(|n| self.world.event(*n)).find(|event| event.door == Door::Sync);
+        let (doors, event) = (doors.clone(), event.expect("every door is used"));
+        tokio::spawn(async move {
+            let began = Instant::now();
+            while doors.send(Door::Sync, std::slice::from_ref(&event)).await != [Said::Yes] && began.elapsed() < LIMIT {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            began.elapsed()
+        })
+    }
+
+    /// Sends all of a round again until all of it is answered; it is there exactly once then.
+    pub async fn retry(&mut self, doors: &Doors, admin: &Client, round: u32, work: &Work) {
         if let Err(why) = send_until_answered(doors, &self.world, &self.ledger, work, LIMIT).await {
             self.report.demand(false, format!("round {round}: {why}"));
-        }
-        if let Some(first) = self.ledger.first_answer() {
-            self.report.recovered_after(first.duration_since(since));
         }
         let stored = Stored::read(admin).await;
         let lost = stored.missing(work);
@@ -147,11 +157,6 @@ impl Sending {
         self.enough.store(true, Ordering::Relaxed);
         self.task.await.expect("the clients do not panic");
     }
-
-    /// All of it is sent, whatever is said to it.
-    pub async fn all(self) {
-        self.task.await.expect("the clients do not panic");
-    }
 }
 
 /// The database with the one site.
@@ -178,7 +183,10 @@ pub async fn server(plan: Plan) -> Report {
         scene.check_answered(&database.admin, round, &work).await;
         let since = Instant::now();
         server = Server::start_with(&database.url, &OPEN).await;
-        scene.retry(&Doors::of(&server, &token), &database.admin, round, &work, since).await;
+        let doors = Doors::of(&server, &token);
+        scene.knock(&doors, &work).await.expect("it does not panic");
+        scene.report.recovered_after(since.elapsed());
+        scene.retry(&doors, &database.admin, round, &work).await;
     }
     server.program.stop(Duration::from_secs(20)).await;
     scene.finish(&database.admin, plan.rounds).await
@@ -198,11 +206,12 @@ pub async fn postgres(plan: Plan) -> Report {
         let work = scene.work(round);
         let sending = scene.begin(&doors, &work).await;
         private.restart(Shutdown::Immediate).await;
-        let since = Instant::now();
+        let knocking = scene.knock(&doors, &work);
         sending.end().await;
+        scene.report.recovered_after(knocking.await.expect("it does not panic"));
         let admin = connect(&url).await;
         scene.check_answered(&admin, round, &work).await;
-        scene.retry(&doors, &admin, round, &work, since).await;
+        scene.retry(&doors, &admin, round, &work).await;
     }
     let recovery = scene.report.recovery.unwrap_or_default();
     scene.report.demand(

@@ -5,7 +5,9 @@ use futures::future::BoxFuture;
 
 use crate::report::Report;
 
+mod disk;
 mod kill;
+mod outages;
 
 /// What a row is asked to do.
 #[derive(Debug, Clone, Copy)]
@@ -34,11 +36,13 @@ macro_rules! row {
 
 pub const ROWS: &[Row] = &[
     row!("kill-server", 2, 30, kill::server, "kill -9 of the server under load through every door"),
-    row!(
-        "kill-postgres",
-        2,
-        30,
-        kill::postgres,
-        "immediate shutdown of PostgreSQL under load through every door, and its restart"
-    ),
+    row!("kill-postgres", 2, 30, kill::postgres, "immediate shutdown of PostgreSQL under load through every door"),
+    row!("away", 1, 5, outages::away, "PostgreSQL is gone for a while"),
+    row!("unreachable", 1, 5, outages::unreachable, "every packet to and from PostgreSQL is lost for a while"),
+    row!("slow", 1, 3, outages::slow, "every answer of PostgreSQL takes five seconds"),
+    row!("locked", 1, 3, outages::locked, "another session holds a lock on `events`"),
+    row!("no-connections", 1, 5, outages::no_connections, "others have taken all connections"),
+    row!("read-only", 1, 5, outages::read_only, "PostgreSQL takes no writes"),
+    row!("disk-full", 1, 5, disk::full, "no space is left for the tables"),
+    row!("no-partition", 1, 5, outages::no_partition, "the month has no partition, and none can be made"),
 ];
