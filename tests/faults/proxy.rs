@@ -103,7 +103,7 @@ async fn pass(client: TcpStream, server: SocketAddr, way: watch::Receiver<Way>) 
     let (from_client, to_client) = client.into_split();
     let both = async {
         // Who cannot get through does not reach the server either.
-        drop(open(&mut way.clone()).await);
+        open(&mut way.clone()).await;
         let Ok(stream) = TcpStream::connect(server).await else { return };
         let _ = stream.set_nodelay(true);
         let (from_server, to_server) = stream.into_split();

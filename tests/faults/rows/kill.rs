@@ -85,6 +85,12 @@ impl Scene {
 
     /// After the kill: what was answered is there, and nothing twice.
     pub async fn check_answered(&mut self, admin: &Client, round: u32, work: &Work) {
+        let unanswered = self.check(admin, round, work).await;
+        self.report.demand(unanswered > 0, format!("round {round}: all was answered before anything broke"));
+    }
+
+    /// What was answered is there, and nothing twice; how many were not answered.
+    pub async fn check(&mut self, admin: &Client, round: u32, work: &Work) -> usize {
         ledger::at_rest(admin).await;
         let stored = Stored::read(admin).await;
         let lost = stored.missing(&self.ledger.answered_work());
@@ -95,8 +101,8 @@ impl Scene {
         let left = unanswered.events.len() + unanswered.calls.len();
         self.report.sent += (work.events.len() + work.calls.len()) as u64;
         self.report.answered += (work.events.len() + work.calls.len() - left) as u64;
-        self.report.demand(left > 0, format!("round {round}: all was answered before anything broke"));
         ledger::sessions_count(admin, &mut self.report).await;
+        left
     }
 
     /// Knocks at a door from now on; how long it takes until it is answered there that an event is stored.

@@ -6,8 +6,12 @@ use futures::future::BoxFuture;
 use crate::report::Report;
 
 mod disk;
+mod hostile;
 mod kill;
 mod outages;
+mod pooler;
+mod qstash;
+mod two;
 
 /// What a row is asked to do.
 #[derive(Debug, Clone, Copy)]
@@ -45,4 +49,8 @@ pub const ROWS: &[Row] = &[
     row!("read-only", 1, 5, outages::read_only, "PostgreSQL takes no writes"),
     row!("disk-full", 1, 5, disk::full, "no space is left for the tables"),
     row!("no-partition", 1, 5, outages::no_partition, "the month has no partition, and none can be made"),
+    row!("qstash", 1, 2, qstash::row, "QStash is away, silent, slow, or answers 500, 429 or rubbish"),
+    row!("hostile", 1, 50, hostile::row, "slow and hostile peers, and a million fingerprints"),
+    row!("pooler", 2, 10, pooler::row, "PgBouncer in transaction mode before the database, and killed"),
+    row!("two-servers", 2, 10, two::row, "the same events through two servers on one database"),
 ];
