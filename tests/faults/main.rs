@@ -19,6 +19,9 @@ mod world;
 
 use std::process::ExitCode;
 
+use futures::StreamExt;
+use futures::stream;
+
 use options::{Options, Order};
 use report::{Line, Report};
 use rows::{Plan, ROWS, Row};
@@ -56,21 +59,29 @@ fn main() -> ExitCode {
     if lines.iter().all(Line::holds) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// One row after the other: each has the machine to itself.
+/// How many rows that mostly wait run at once.
+const AT_ONCE: usize = 4;
+
+/// One row after the other: each has the machine to itself. Only the short form runs those side by side that mostly wait.
 async fn run(rows: &[&'static Row], options: &Options) -> Vec<Line> {
     println!("faults: seed {}, {} rows, the {} form", options.seed, rows.len(), options.form());
-    let mut lines = Vec::new();
-    for row in rows {
-        let rounds = options.rounds.unwrap_or(if options.long { row.long } else { row.short });
-        let long = options.long || rounds > row.short;
-        println!("{}: {rounds} rounds ...", row.name);
-        let began = std::time::Instant::now();
-        let plan = Plan { name: row.name, rounds, long, seed: options.seed };
-        // A row that panics is one that fails; the others still run.
-        let report = tokio::spawn((row.run)(plan)).await.unwrap_or_else(|broken| Report::broken(&broken.to_string()));
-        let line = Line { name: row.name, what: row.what, rounds, took: began.elapsed(), report };
-        println!("{line}");
-        lines.push(line);
-    }
+    let (waiting, working): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| row.waits && !options.is_long());
+    let waited = stream::iter(waiting).map(|row| one(row, options)).buffer_unordered(AT_ONCE).collect::<Vec<_>>();
+    let worked = stream::iter(working).then(|row| one(row, options)).collect::<Vec<_>>();
+    let mut lines = waited.await;
+    lines.extend(worked.await);
+    lines.sort_by_key(|line| rows.iter().position(|row| row.name == line.name));
     lines
+}
+
+async fn one(row: &'static Row, options: &Options) -> Line {
+    let rounds = options.rounds.unwrap_or(if options.long { row.long } else { row.short });
+    println!("{}: {rounds} rounds ...", row.name);
+    let began = std::time::Instant::now();
+    let plan = Plan { rounds, long: options.is_long(), seed: options.seed };
+    // A row that panics is one that fails; the others still run.
+    let report = tokio::spawn((row.run)(plan)).await.unwrap_or_else(|broken| Report::broken(&broken.to_string()));
+    let line = Line { name: row.name, what: row.what, rounds, took: began.elapsed(), report };
+    println!("{line}");
+    line
 }

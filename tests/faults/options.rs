@@ -84,7 +84,12 @@ impl Options {
             && !self.skips.iter().any(fits)
     }
 
+    /// Whoever asks for many rounds wants them long.
+    pub fn is_long(&self) -> bool {
+        self.long || self.rounds.is_some_and(|rounds| rounds > 3)
+    }
+
     pub fn form(&self) -> &'static str {
-        if self.long || self.rounds.is_some() { "long" } else { "short" }
+        if self.is_long() { "long" } else { "short" }
     }
 }

@@ -47,9 +47,13 @@ impl Report {
 
     /// Holds the row to something.
     pub fn demand(&mut self, holds: bool, otherwise: impl fmt::Display) {
+        if holds {
+            return;
+        }
+        let complaint = otherwise.to_string();
         // The first few say enough.
-        if !holds && self.wrong.len() < 12 {
-            self.wrong.push(otherwise.to_string());
+        if self.wrong.len() < 12 && !self.wrong.contains(&complaint) {
+            self.wrong.push(complaint);
         }
     }
 
@@ -63,21 +67,6 @@ impl Report {
 
     pub fn waited(&mut self, took: Duration) {
         self.slowest = self.slowest.max(Some(took));
-    }
-
-    /// Adds what another part of the same row came to.
-    pub fn add(&mut self, other: Self) {
-        self.sent += other.sent;
-        self.answered += other.answered;
-        self.refused += other.refused;
-        self.stored += other.stored;
-        self.lost += other.lost;
-        self.doubled += other.doubled;
-        self.recovery = self.recovery.max(other.recovery);
-        self.slowest = self.slowest.max(other.slowest);
-        self.notes.extend(other.notes);
-        self.wrong.extend(other.wrong);
-        self.skipped = self.skipped.take().or(other.skipped);
     }
 }
 

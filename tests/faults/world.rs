@@ -91,7 +91,7 @@ impl World {
 
     pub fn event(&self, n: u32) -> Told {
         let mut lot = self.lot(n, 1);
-        let (round, visit) = (n / self.each, lot.random_range(0..VISITS));
+        let (round, visit) = (n.saturating_sub(1) / self.each, lot.random_range(0..VISITS));
         let timed = visit % 2 == 0;
         let doors: &[Door] = if timed { &Door::TIMED } else { &Door::ALL };
         let door = *doors.choose(&mut lot).expect("there are doors");

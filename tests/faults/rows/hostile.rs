@@ -123,12 +123,13 @@ async fn endless(server: SocketAddr) -> Complaint {
     }
 }
 
-/// Connects and says nothing.
-async fn idle(server: SocketAddr) -> Complaint {
+/// Connects and says nothing. They come one after the other, or the kernel's own queue of connections would be what is tried.
+async fn idle(door: &'static str, server: SocketAddr, n: usize) -> Complaint {
+    tokio::time::sleep(Duration::from_micros(700) * u32::try_from(n).unwrap_or(0)).await;
     let Ok(mut stream) = TcpStream::connect(server).await else { return None };
     match until_closed(&mut stream).await {
         Some(_) => None,
-        None => Some(format!("idle: still there after {PATIENCE:?}")),
+        None => Some(format!("idle at {door}: still there after {PATIENCE:?}")),
     }
 }
 
@@ -280,11 +281,11 @@ impl Rig {
         for _ in 0..scale.endless {
             peers.spawn(async move { vec![endless(http).await] });
         }
-        for _ in 0..scale.idle {
-            peers.spawn(async move { vec![idle(http).await] });
+        for n in 0..scale.idle {
+            peers.spawn(async move { vec![idle("HTTP", http, n).await] });
         }
-        for _ in 0..scale.idle_grpc {
-            peers.spawn(async move { vec![idle(grpc).await] });
+        for n in 0..scale.idle_grpc {
+            peers.spawn(async move { vec![idle("gRPC", grpc, n).await] });
         }
         for _ in 0..scale.resetting {
             let resets = scale.resets;

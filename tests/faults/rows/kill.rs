@@ -20,9 +20,9 @@ use crate::support::private::{Private, Shutdown};
 use crate::support::process::Server;
 use crate::world::{Door, PUBLIC_ID, SITE, World};
 
-/// Events and calls of a round.
+/// Events of a round, and of the short form; one more in fifteen is a call.
 const EVENTS: u32 = 300;
-const CALLS: u32 = 20;
+const FEW_EVENTS: u32 = 150;
 /// Everybody's retries are through by then.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -32,19 +32,19 @@ pub struct Scene {
     pub ledger: Arc<Ledger>,
     pub report: Report,
     lot: StdRng,
+    events: u32,
 }
 
 impl Scene {
     pub fn new(plan: &Plan) -> Self {
-        let world = Arc::new(World::new(plan.seed, EVENTS));
-        Self { world, ledger: Arc::default(), report: Report::default(), lot: StdRng::seed_from_u64(plan.seed) }
+        let events = if plan.long { EVENTS } else { FEW_EVENTS };
+        let (world, lot) = (Arc::new(World::new(plan.seed, events)), StdRng::seed_from_u64(plan.seed));
+        Self { world, ledger: Arc::default(), report: Report::default(), lot, events }
     }
 
     pub fn work(&self, round: u32) -> Work {
-        let work = Work {
-            events: (round * EVENTS + 1..(round + 1) * EVENTS).collect(),
-            calls: (round * CALLS + 1..(round + 1) * CALLS).collect(),
-        };
+        let numbers = |each: u32| (round * each + 1..=(round + 1) * each).collect();
+        let work = Work { events: numbers(self.events), calls: numbers(self.events / 15) };
         debug_assert_eq!(ledger::doors_of(&self.world, &work).len(), Door::ALL.len(), "every door is used");
         work
     }
@@ -70,7 +70,7 @@ impl Scene {
         });
         let share = self.lot.random_range(0.05..0.6);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a share of a few hundred
-        let awaited = before + (f64::from(EVENTS) * share) as usize;
+        let awaited = before + (f64::from(self.events) * share) as usize;
         let began = Instant::now();
         while self.ledger.answered() < awaited && !task.is_finished() {
             if began.elapsed() > LIMIT {
