@@ -2,7 +2,7 @@
 //!
 //! The id is the caller's `x-request-id`, or one made here; it is in the answer's metadata and on every log line of the call. The
 //! deadline is the caller's own; when it passes the answer is, or ends with, DEADLINE_EXCEEDED. [`LONGEST`] bounds the time to the
-//! answer's head besides, so a stream lives as long as its caller wants; a stream's handler finds the caller's [`Deadline`] among the
+//! answer's head besides, and who would have waited longer hears UNAVAILABLE; so a stream lives as long as its caller wants; a stream's handler finds the caller's [`Deadline`] among the
 //! request's extensions, to end in order before it is cut off. Events that a call has handed to the pipeline by then are stored all
 //! the same.
 
@@ -20,6 +20,8 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::measure::{self, Running};
+use super::status;
+use crate::domain::outcome::Unavailable;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
@@ -76,13 +78,18 @@ where
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(deadline);
         }
+        // Who would wait for longer than we work on anything is told to come again.
+        let given_up: fn() -> Status = match asked {
+            Some(asked) if asked <= LONGEST => || Status::deadline_exceeded("no answer within the deadline"),
+            Some(_) | None => || status::unavailable(Unavailable::Database),
+        };
         let patience = asked.map_or(LONGEST, |asked| asked.min(LONGEST));
         // tonic keeps the caller's deadline as well, but answers CANCELLED. This timer is made first and asked first.
         let answer = tokio::time::timeout(patience, self.inner.call(running.heard(request)));
         let answer = async move {
             let mut response = match answer.await {
                 Ok(answered) => answered?,
-                Err(_elapsed) => Status::deadline_exceeded("no answer within the deadline").into_http(),
+                Err(_elapsed) => given_up().into_http(),
             };
             response.headers_mut().insert(REQUEST_ID, id);
             Ok(running.answered(response, deadline))
@@ -142,6 +149,18 @@ mod tests {
         let code = Status::from_header_map(response.headers()).map(|status| status.code());
         assert_eq!(code, Some(tonic::Code::DeadlineExceeded));
         assert!(response.headers().contains_key(REQUEST_ID));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_takes_too_long_for_us_is_to_come_again() {
+        let never = tower::service_fn(|_: http::Request<Body>| {
+            std::future::pending::<Result<http::Response<Body>, std::convert::Infallible>>()
+        });
+        for patient in [request(REQUEST_ID, "1"), request(TIMEOUT, "60S")] {
+            let Ok(response) = CallLayer.layer(never).oneshot(patient).await;
+            let code = Status::from_header_map(response.headers()).map(|status| status.code());
+            assert_eq!(code, Some(tonic::Code::Unavailable));
+        }
     }
 
     /// An answer that begins at once and never ends.

@@ -28,7 +28,7 @@ pub mod tokens;
 pub mod transaction;
 pub mod watch;
 
-use error::StoreError;
+use error::{CONNECT, StoreError};
 use pool::Manager;
 use transaction::{Purpose, Transaction};
 
@@ -46,7 +46,7 @@ const CONNECTION_WAIT: Duration = Duration::from_millis(2500);
 /// A refused connection is asked for again after this, while others are in use and may come back.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// A write that failed says something of the next one for so long. Nobody who is told so sends another, so it is forgotten by itself.
-const TROUBLE_FOR: Duration = Duration::from_secs(10);
+const TROUBLE_FOR: Duration = Duration::from_secs(5);
 
 impl Store {
     /// A store for a connection string; connects when it is first used.
@@ -59,7 +59,7 @@ impl Store {
     pub async fn begin(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
         let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
-            .unwrap_or_else(|_| Err(StoreError::away("connect", "no connection became free in time")))?;
+            .unwrap_or_else(|_| Err(StoreError::away(CONNECT, "no connection became free in time")))?;
         Transaction::begin(connection, purpose).await
     }
 
@@ -70,11 +70,11 @@ impl Store {
             tokio::select! {
                 biased;
                 connection = self.pool.get() => return connection.map_err(|error| match error {
-                    bb8::RunError::User(error) => StoreError::of("connect", error),
-                    bb8::RunError::TimedOut => StoreError::away("connect", "no connection became free in time"),
+                    bb8::RunError::User(error) => StoreError::of(CONNECT, error),
+                    bb8::RunError::TimedOut => StoreError::away(CONNECT, "no connection became free in time"),
                 }),
                 () = refusal => if self.pool.state().connections == 0 {
-                    return Err(StoreError::away("connect", "the database refuses connections"));
+                    return Err(StoreError::away(CONNECT, "the database refuses connections"));
                 }
             }
             tokio::time::sleep(ASK_AGAIN).await;
@@ -86,8 +86,11 @@ impl Store {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// A batch of events could not be written for a reason that may pass. No look at the catalogue tells of a full disk or of somebody's lock.
+    /// A batch of events could not be written for a reason that may pass. Kept if no look at the database would tell of it.
     pub fn could_not_write(&self, error: &StoreError) {
+        if error.shows() {
+            return;
+        }
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), error.to_string()));
     }
 

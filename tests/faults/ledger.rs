@@ -236,11 +236,9 @@ pub async fn compare(disturbed: &Client, undisturbed: &Client, world: &World, re
         }
     }
     report.note(format!("compared with an undisturbed run: {}", sizes.join(", ")));
-    let matched = "SELECT count(DISTINCT match_method) FROM calls";
-    report.demand(
-        count(disturbed, matched).await >= 3,
-        "the calls have too little to find: the comparison says nothing of them",
-    );
+    let matched = count(disturbed, "SELECT count(*) FROM calls WHERE match_method IN ('CLICK', 'FINGERPRINT')").await;
+    report.note(format!("{matched} calls found their visit"));
+    report.demand(matched > 0, "no call found its visit: the comparison says nothing of matching");
 }
 
 fn differing(is: Option<&Value>, should: &Value) -> String {

@@ -23,13 +23,13 @@ pub const SITE: SiteId = SiteId::from_uuid(Uuid::from_u128(0xfa));
 pub const PUBLIC_ID: &str = "shop";
 /// Events begin so long before the row, and go on for [`SPAN`] minutes: all of that time is over.
 const BEGAN: TimeDelta = TimeDelta::hours(6);
-const SPAN: i64 = 240;
+const SPAN: i64 = 120;
 /// Calls are of the first minutes. An event of a call's time has it matched again, which is the slow part of a run.
 const CALLS_SPAN: i64 = 50;
 /// Visits of one round.
 const VISITS: u32 = 24;
 /// Browsers whose visits may follow each other.
-const BROWSERS: u32 = 40;
+const BROWSERS: u32 = 24;
 
 /// How an event comes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,7 +76,7 @@ pub struct Told {
 }
 
 fn number(n: u32) -> String {
-    format!("+120255501{:02}", n % 20)
+    format!("+120255501{:02}", n % 8)
 }
 
 impl World {
@@ -102,7 +102,7 @@ impl World {
         let paid = visit % 3 == 0 && lot.random_bool(0.5);
         let query = if paid { format!("?gclid=g{n}&utm_source=s{n}") } else { String::new() };
         let (category, action, label, value) = match lot.random_range(0..6) {
-            0 => ("conversion", "phone_call", Some(format!("tel:{}", number(lot.random_range(0..20)))), None),
+            0 => ("conversion", "phone_call", Some(format!("tel:{}", number(lot.random_range(0..8)))), None),
             1 => ("interaction", "scroll_depth", None, Some(f64::from(lot.random_range(0..100)))),
             2 => ("interaction", "hover_intent", Some(format!("button {n}")), None),
             _ => ("interaction", "view", None, None),
@@ -130,7 +130,7 @@ impl World {
         proto::PushedCall {
             site: PUBLIC_ID.to_owned(),
             key: Some(proto::ProviderCallKey { provider: "faults".to_owned(), provider_call_id: n.to_string() }),
-            dialled_number: number(lot.random_range(0..20)),
+            dialled_number: number(lot.random_range(0..8)),
             caller_number: Some(CALLER.to_owned()),
             started_at: Some(timestamp(at)),
             fingerprint: lot.random_bool(0.4).then(|| format!("f{browser}")),

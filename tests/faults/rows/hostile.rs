@@ -24,7 +24,8 @@ use crate::support::process::Server;
 use crate::world::{Door, World};
 
 /// Nobody is borne with for longer: fifteen seconds for headers, ten for a body, five for what is swallowed after a refusal.
-const PATIENCE: Duration = Duration::from_secs(25);
+/// Before that a connection may wait in the kernel's queue until it is taken.
+const PATIENCE: Duration = Duration::from_secs(40);
 /// Most that the server may occupy, MiB: its rooms are 64 for bodies, 64 for messages, 40 for events.
 const MOST: f64 = 256.0;
 /// What whoever means well waits, on a machine that is busy with the others.

@@ -102,6 +102,9 @@ impl Scene {
         self.report.sent += (work.events.len() + work.calls.len()) as u64;
         self.report.answered += (work.events.len() + work.calls.len() - left) as u64;
         ledger::sessions_count(admin, &mut self.report).await;
+        if (round + 1).is_multiple_of(5) {
+            println!("    round {}: {} were sent, {} answered", round + 1, self.report.sent, self.report.answered);
+        }
         left
     }
 
