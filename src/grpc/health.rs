@@ -13,7 +13,7 @@ use super::proto::{calls_service_server, ingest_service_server, scoring_service_
 use crate::store::Store;
 
 /// How often the database is asked while it answers ...
-const EVERY: Duration = Duration::from_secs(2);
+const EVERY: Duration = Duration::from_secs(1);
 /// ... and while it does not: whoever waits for it is told soon.
 const EVERY_WHILE_AWAY: Duration = Duration::from_millis(250);
 /// How long it may take to answer.

@@ -84,7 +84,7 @@ pub async fn full(plan: Plan) -> Report {
         return Report::broken(&why);
     }
     let mut stage = Stage::set(&plan, &url, &token, &[]).await;
-    let hold = Duration::from_secs(if plan.long { 6 } else { 4 });
+    let hold = Duration::from_secs(if plan.long { 8 } else { 6 });
     for _ in 0..plan.rounds {
         // What pages still have room for is stored and answered so.
         stage.outage(hold, Bounds::QUICK, async || disk.fill(), async || disk.empty()).await;
