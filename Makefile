@@ -2,7 +2,7 @@
 # but Rust; what it does is in Rust too (`src/dev`), so that `cargo` alone does the same.
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint fmt
+.PHONY: help dev test faults lint fmt
 
 help:
 	@echo 'OpsMantik tells which ad click, visit and page made the phone ring.'
@@ -10,10 +10,11 @@ help:
 	@echo '  make dev    run it here: PostgreSQL (installed if missing), a demo site and page, the server'
 	@echo '              its data stays in .opsmantik/; Ctrl-C stops all of it'
 	@echo '  make test   all tests, on a database of their own that is gone afterwards'
+	@echo '  make faults the fault table, the long form: all that breaks is broken again and again'
 	@echo '  make lint   what must hold before a commit: format, clippy'
 	@echo '  make fmt    format the sources'
 	@echo
-	@echo 'More of it: make dev ARGS="--help", make test ARGS="name_of_a_test"'
+	@echo 'More of it: make dev ARGS="--help", make test ARGS="name_of_a_test", make faults ARGS="--row kill-server"'
 	@echo 'All that is checked before a merge: CI=true .ci/run'
 
 dev:
@@ -21,6 +22,9 @@ dev:
 
 test:
 	@cargo test --locked $(ARGS)
+
+faults:
+	@cargo test --locked --test faults -- --long $(ARGS)
 
 lint:
 	@cargo fmt --check

@@ -26,6 +26,8 @@ pub enum Tool {
     Npm,
     /// Python 3 that can make a virtual environment.
     Python,
+    /// A pooler of connections to PostgreSQL.
+    Pgbouncer,
     /// A package of npm, of one exact version.
     NpmPackage(NpmPackage),
     /// Everything that a lock file of npm names.
@@ -120,6 +122,7 @@ fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
             project.install(&python.path, progress).map_err(missing)
         }
         Tool::Python => install(tool, &PYTHON_PACKAGES, progress),
+        Tool::Pgbouncer => install(tool, &PGBOUNCER_PACKAGES, progress),
         Tool::Chromium | Tool::Chromedriver => install(tool, &CHROMIUM_PACKAGES, progress),
         Tool::Node | Tool::Npm => install(tool, &NODE_PACKAGES, progress),
     }
@@ -132,6 +135,8 @@ const NODE_PACKAGES: Packages = Packages { what: "Node and npm", apt: &["nodejs"
 
 const PYTHON_PACKAGES: Packages =
     Packages { what: "Python with venv", apt: &["python3", "python3-venv"], brew: &["python3"] };
+
+const PGBOUNCER_PACKAGES: Packages = Packages { what: "PgBouncer", apt: &["pgbouncer"], brew: &["pgbouncer"] };
 
 fn install(tool: Tool, packages: &Packages, progress: Progress) -> Result<Found, Missing> {
     let missing = |why| Missing { tool, why: Box::new(why) };
@@ -147,6 +152,7 @@ fn find(tool: Tool) -> Option<Found> {
         Tool::Node => &["node"],
         Tool::Npm => &["npm"],
         Tool::Python => &["python3"],
+        Tool::Pgbouncer => &["pgbouncer"],
         Tool::NpmPackage(package) => {
             let path = package.path_in(&package.folder());
             return path.exists().then_some(Found { path });
@@ -157,6 +163,10 @@ fn find(tool: Tool) -> Option<Found> {
     let path = std::env::var_os("PATH")?;
     let mut places: Vec<PathBuf> =
         std::env::split_paths(&path).flat_map(|folder| names.iter().map(move |name| folder.join(name))).collect();
+    if tool == Tool::Pgbouncer {
+        // Debian puts it where only root's PATH leads.
+        places.push(PathBuf::from("/usr/sbin/pgbouncer"));
+    }
     if tool == Tool::Chromium {
         for app in ["Google Chrome", "Chromium"] {
             let inside = format!("/Applications/{app}.app/Contents/MacOS/{app}");

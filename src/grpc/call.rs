@@ -2,7 +2,7 @@
 //!
 //! The id is the caller's `x-request-id`, or one made here; it is in the answer's metadata and on every log line of the call. The
 //! deadline is the caller's own; when it passes the answer is, or ends with, DEADLINE_EXCEEDED. [`LONGEST`] bounds the time to the
-//! answer's head besides, so a stream lives as long as its caller wants; a stream's handler finds the caller's [`Deadline`] among the
+//! answer's head besides, and who would have waited longer hears UNAVAILABLE; so a stream lives as long as its caller wants; a stream's handler finds the caller's [`Deadline`] among the
 //! request's extensions, to end in order before it is cut off. Events that a call has handed to the pipeline by then are stored all
 //! the same.
 
@@ -20,6 +20,8 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::measure::{self, Running};
+use super::status;
+use crate::domain::outcome::Unavailable;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
@@ -82,12 +84,20 @@ where
         let answer = async move {
             let mut response = match answer.await {
                 Ok(answered) => answered?,
-                Err(_elapsed) => Status::deadline_exceeded("no answer within the deadline").into_http(),
+                Err(_elapsed) => given_up(asked).into_http(),
             };
             response.headers_mut().insert(REQUEST_ID, id);
             Ok(running.answered(response, deadline))
         };
         Box::pin(answer.instrument(span))
+    }
+}
+
+/// What a call hears that has no answer in time. Who would have waited for longer than we work on anything is told to come again.
+fn given_up(asked: Option<Duration>) -> Status {
+    match asked {
+        Some(asked) if asked <= LONGEST => Status::deadline_exceeded("no answer within the deadline"),
+        Some(_) | None => status::unavailable(Unavailable::Database),
     }
 }
 
@@ -142,6 +152,14 @@ mod tests {
         let code = Status::from_header_map(response.headers()).map(|status| status.code());
         assert_eq!(code, Some(tonic::Code::DeadlineExceeded));
         assert!(response.headers().contains_key(REQUEST_ID));
+    }
+
+    #[test]
+    fn a_call_that_takes_too_long_for_us_is_to_come_again() {
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        let codes = [None, seconds(60), Some(LONGEST), seconds(1)].map(|asked| given_up(asked).code());
+        let (ours, theirs) = (tonic::Code::Unavailable, tonic::Code::DeadlineExceeded);
+        assert_eq!(codes, [ours, ours, theirs, theirs]);
     }
 
     /// An answer that begins at once and never ends.

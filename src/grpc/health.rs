@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, HealthService};
@@ -13,8 +12,10 @@ use tonic_health::server::{HealthReporter, HealthService};
 use super::proto::{calls_service_server, ingest_service_server, scoring_service_server};
 use crate::store::Store;
 
-/// How often the database is asked.
-const EVERY: Duration = Duration::from_secs(2);
+/// How often the database is asked while it answers ...
+const EVERY: Duration = Duration::from_secs(1);
+/// ... and while it does not: whoever waits for it is told soon.
+const EVERY_WHILE_AWAY: Duration = Duration::from_millis(250);
 /// How long it may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -41,18 +42,16 @@ impl Health {
 
     /// Asks and tells until `stop`.
     pub(super) async fn follow(mut self, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut serving = false;
         let ask = async {
             loop {
-                ticks.tick().await;
                 let answers = self.database_answers().await;
                 if answers != serving {
                     serving = answers;
                     tracing::info!(serving, "gRPC health changed");
                     self.tell(serving).await;
                 }
+                tokio::time::sleep(if serving { EVERY } else { EVERY_WHILE_AWAY }).await;
             }
         };
         tokio::select! {

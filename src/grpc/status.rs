@@ -82,7 +82,7 @@ pub(super) fn broken() -> Status {
 pub(super) fn unavailable(why: Unavailable) -> Status {
     let message = match why {
         Unavailable::Busy => "the server is busy; send the request again",
-        Unavailable::Database => "the database does not answer; send the request again",
+        Unavailable::Database => "the database is away or cannot write now; send the request again",
         Unavailable::Partition => "the month's partition is being made; send the request again",
         Unavailable::Stopping => "the server is stopping; send the request again",
     };

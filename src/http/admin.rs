@@ -1,7 +1,8 @@
 //! The operator's listener: `/healthz`, `/readyz`, `/metrics`.
 //!
 //! *Healthy* means the process runs: a supervisor that restarts a healthy server because the database is away helps nobody. *Ready* means that an
-//! event sent now would be stored: the database answers, every leaf is as it must be, and the next months are there. What is in the way of the change
+//! event sent now would be stored: the database answers, every leaf is as it must be, the next months are there, and the last events could be
+//! written. What is in the way of the change
 //! feed is a warning beside it, since events can be stored without.
 
 use std::time::Duration;
@@ -75,7 +76,8 @@ async fn reasons(store: &Store) -> Vec<String> {
     };
     let faults = readiness.faults.into_iter().map(|fault| format!("storage: {fault}"));
     let missing = readiness.missing_months.iter().map(|month| format!("partition: the month {month} is missing"));
-    faults.chain(missing).collect()
+    let trouble = store.write_trouble().map(|why| format!("storage: events could not be written a moment ago: {why}"));
+    faults.chain(missing).chain(trouble).collect()
 }
 
 async fn metrics() -> Response {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::timeout_at;
 
 use super::PipelineConfig;
 use super::batch;
@@ -33,6 +33,8 @@ const PAUSES: [Duration; 4] =
 const RETRY_WITHIN: Duration = Duration::from_millis(1500);
 /// Whoever waits for an event's answer does not wait longer than this for calls that it touches.
 const REMATCH_WITHIN: Duration = Duration::from_secs(1);
+/// A batch that has used up its patience still has so long for its dead letters.
+const BURY_WITHIN: Duration = Duration::from_millis(500);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
 /// Making a month waits up to two seconds for the writers that are in its way, and is tried again this often.
@@ -62,7 +64,8 @@ impl Writer {
         for (place, event) in events.into_iter().enumerate() {
             by_month.entry(event.arrival_month()).or_default().push((place, event));
         }
-        let deadline = tokio::time::Instant::now() + self.config.patience;
+        // From when the oldest came in: whoever waited behind batches that lost their patience does not wait for as long once more.
+        let deadline = tokio::time::Instant::from_std(since) + self.config.patience;
         let mut asked_for = BTreeSet::new();
         for group in by_month.into_values() {
             self.settle(group, since, deadline, &mut asked_for, &mut outcomes).await;
@@ -85,6 +88,7 @@ impl Writer {
             let written = self.write_patiently(&group, since, deadline).await;
             match written {
                 Ok(results) => {
+                    self.store.wrote();
                     for ((place, _), outcome) in group.iter().zip(results) {
                         outcomes[*place] = outcome;
                     }
@@ -99,7 +103,7 @@ impl Writer {
                     }
                     (fault, _) => {
                         for (place, event) in group {
-                            outcomes[place] = self.give_up(event, fault, &error).await;
+                            outcomes[place] = self.give_up(event, fault, &error, deadline).await;
                         }
                     }
                 },
@@ -149,8 +153,9 @@ impl Writer {
 
     /// Matches again the calls that the batch has touched. They are noted, so what fails here is done soon after.
     async fn rematch(&self, sites: &[SiteId]) {
+        let until = tokio::time::Instant::now() + REMATCH_WITHIN;
         for site in sites {
-            match timeout(REMATCH_WITHIN, calls::settle(&self.store, *site)).await {
+            match timeout_at(until, calls::settle(&self.store, *site)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, site.id = %site, "calls are matched again later"),
                 Err(_) => tracing::warn!(site.id = %site, "calls are matched again later: it takes too long"),
@@ -197,11 +202,19 @@ impl Writer {
         }
     }
 
-    async fn give_up(&self, event: Event, fault: Fault, error: &StoreError) -> Outcome {
+    async fn give_up(&self, event: Event, fault: Fault, error: &StoreError, deadline: tokio::time::Instant) -> Outcome {
         let reason = match fault {
-            Fault::Away | Fault::Conflict => return Outcome::Unavailable(Unavailable::Database),
+            Fault::Away | Fault::Conflict => {
+                self.store.could_not_write(error);
+                return Outcome::Unavailable(Unavailable::Database);
+            }
             Fault::MissingPartition => {
-                self.keeper.want(Month::for_new_session(event.month_hint, event.received_at));
+                let month = Month::for_new_session(event.month_hint, event.received_at);
+                self.keeper.want(month);
+                // An odd month of somebody's history is no trouble of everybody's.
+                if keeper::kept(Utc::now()).any(|kept| kept == month) {
+                    self.store.could_not_write(error);
+                }
                 return Outcome::Unavailable(Unavailable::Partition);
             }
             Fault::UnknownSite => DeathReason::UnknownSite,
@@ -225,7 +238,8 @@ impl Writer {
             payload,
             received_at: event.arrived_at(),
         };
-        match self.store.bury(&letter).await {
+        let buried = timeout_at(deadline + BURY_WITHIN, self.store.bury(&letter)).await;
+        match buried.unwrap_or_else(|_| Err(StoreError::too_slow("bury"))) {
             Ok(()) => {
                 tracing::warn!(event.id = %event.id, site.id = %event.site_id, reason = reason.code(), %error, "an event died");
                 Outcome::Dead(reason)

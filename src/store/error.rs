@@ -64,6 +64,22 @@ impl StoreError {
         error.and_then(|error| error.code()).is_some_and(|code| no_schema(self.operation, code))
     }
 
+    /// Whether a look at the database tells of it, too: it is not there, or takes no writes and says so. It does not tell of a full disk, a
+    /// lock that somebody holds, or statements that outlast their bound.
+    pub(super) fn shows(&self) -> bool {
+        let Some(source) = &self.source else { return self.operation == CONNECT };
+        let error = source.downcast_ref::<tokio_postgres::Error>();
+        match error.and_then(tokio_postgres::Error::as_db_error) {
+            Some(db) => {
+                let class = db.code().code().get(..2).unwrap_or_default();
+                self.operation == BEGIN
+                    || matches!(class, "08" | "25")
+                    || (class == "57" && *db.code() != SqlState::QUERY_CANCELED)
+            }
+            None => true,
+        }
+    }
+
     pub(super) fn away(operation: &'static str, why: impl fmt::Display) -> Self {
         Self { operation, fault: Fault::Away, detail: Detail(why.to_string()), source: None }
     }
@@ -79,6 +95,8 @@ impl StoreError {
     }
 }
 
+/// The operation that opens a connection.
+pub(super) const CONNECT: &str = "connect";
 /// The operation that opens a transaction.
 pub(super) const BEGIN: &str = "begin";
 /// What to do about a role, a schema, a table or a function that is not there.

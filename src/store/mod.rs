@@ -3,7 +3,8 @@
 //! A function here runs one declared [`statement`] in a [`transaction`] that the caller owns, and speaks in domain types. Only
 //! [`error::Fault`] tells the layers above what a failure means.
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 pub mod ads_history;
 pub mod call_evidence;
@@ -27,7 +28,7 @@ pub mod tokens;
 pub mod transaction;
 pub mod watch;
 
-use error::StoreError;
+use error::{CONNECT, StoreError};
 use pool::Manager;
 use transaction::{Purpose, Transaction};
 
@@ -36,18 +37,22 @@ use transaction::{Purpose, Transaction};
 pub struct Store {
     pool: bb8::Pool<Manager>,
     manager: Manager,
+    /// Why the last batch of events could not be written, and when; none if it was.
+    trouble: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
 /// No operation on the pool waits longer than this for a connection.
 const CONNECTION_WAIT: Duration = Duration::from_millis(2500);
 /// A refused connection is asked for again after this, while others are in use and may come back.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// A write that failed says something of the next one for so long. Nobody who is told so sends another, so it is forgotten by itself.
+const TROUBLE_FOR: Duration = Duration::from_secs(5);
 
 impl Store {
     /// A store for a connection string; connects when it is first used.
     pub async fn new(url: &str, connections: u32) -> anyhow::Result<Self> {
         let manager = Manager::new(url)?;
-        Ok(Self { pool: pool::pool(manager.clone(), connections).await?, manager })
+        Ok(Self { pool: pool::pool(manager.clone(), connections).await?, manager, trouble: Arc::default() })
     }
 
     /// Opens a transaction under the role of its purpose.
@@ -61,7 +66,7 @@ impl Store {
     pub async fn prepare(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
         let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
-            .unwrap_or_else(|_| Err(StoreError::away("connect", "no connection became free in time")))?;
+            .unwrap_or_else(|_| Err(StoreError::away(CONNECT, "no connection became free in time")))?;
         Ok(Transaction::on(connection, purpose))
     }
 
@@ -72,19 +77,41 @@ impl Store {
             tokio::select! {
                 biased;
                 connection = self.pool.get() => return connection.map_err(|error| match error {
-                    bb8::RunError::User(error) => StoreError::of("connect", error),
-                    bb8::RunError::TimedOut => StoreError::away("connect", "no connection became free in time"),
+                    bb8::RunError::User(error) => StoreError::of(CONNECT, error),
+                    bb8::RunError::TimedOut => StoreError::away(CONNECT, "no connection became free in time"),
                 }),
                 () = refusal => if self.pool.state().connections == 0 {
-                    return Err(StoreError::away("connect", "the database refuses connections"));
+                    return Err(StoreError::away(CONNECT, "the database refuses connections"));
                 }
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
     }
 
+    /// A batch of events was committed.
+    pub fn wrote(&self) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// A batch of events could not be written for a reason that may pass. Kept if no look at the database would tell of it.
+    pub fn could_not_write(&self, error: &StoreError) {
+        if error.shows() {
+            return;
+        }
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), error.to_string()));
+    }
+
+    /// Why events could not be written a moment ago; none if the last ones were.
+    pub fn write_trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        trouble.as_ref().filter(|(since, _)| since.elapsed() < TROUBLE_FOR).map(|(_, why)| why.clone())
+    }
+
     /// Whether the database answers, and would store an event of ours now.
     pub async fn ping(&self) -> Result<(), StoreError> {
+        if let Some(why) = self.write_trouble() {
+            return Err(StoreError::away("ping", format_args!("events could not be written a moment ago: {why}")));
+        }
         match partitions::storage_faults(self).await?.as_slice() {
             [] => Ok(()),
             faults => Err(StoreError::away("ping", faults.join("; "))),

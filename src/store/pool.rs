@@ -161,7 +161,7 @@ pub(super) async fn pool(manager: Manager, size: u32) -> Result<bb8::Pool<Manage
         .retry_connection(false)
         .build(manager)
         .await
-        .map_err(|error| StoreError::of("connect", error))
+        .map_err(|error| StoreError::of(super::error::CONNECT, error))
 }
 
 /// tokio-postgres knows `disable`, `prefer` and `require`; the stricter two are `require` with verification.
