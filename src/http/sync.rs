@@ -1,6 +1,6 @@
 //! `POST /api/sync`: the public door, for the tracker in visitors' browsers.
 //!
-//! Size and time → JSON → `s` → the site exists → its origin → rate → each event → the transport. Nothing is processed for a site that does not
+//! Room → size and time → JSON → `s` → the site exists → its origin → rate → each event → the transport. Nothing is processed for a site that does not
 //! exist. Once the body is here, the work goes on even if the browser hangs up: a click on a telephone link leaves the page.
 
 use std::sync::Arc;
@@ -15,10 +15,11 @@ use super::answer::{self, Fate, Problem};
 use super::body::{self, Held};
 use super::cors::{Sender, hidden};
 use super::wire::{self, Body, WireEvent};
-use super::{PublicState, client_address, peer};
+use super::{PublicState, client_address, early, peer};
 use crate::domain::event::Arrival;
 use crate::domain::refusal::Refusal;
 use crate::domain::site::Site;
+use crate::pipeline::Pressure;
 
 /// What this address takes.
 const ALLOW: &str = "POST, OPTIONS";
@@ -41,16 +42,30 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
     let (parts, body) = request.into_parts();
     let address = state.proxies.client(peer(&parts), &parts.headers);
     let arrival = client_address::arrival(&parts.headers, address, Utc::now());
-    let read = body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await;
+    let wanted = match state.transport.pressure() {
+        Pressure::Full => body::refuse_unread(&parts.headers, body),
+        Pressure::Low | Pressure::High => Ok(body),
+    };
+    let read = match wanted {
+        Ok(body) => body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await,
+        Err(problem) => Err(problem),
+    };
     let bytes = match read {
         Ok(bytes) => bytes,
         Err(problem) => return sender.shown_to_customers(&state.directory, problem).await,
     };
+    if let Some(refusal) = early::refusal(&state, &sender, &bytes).await {
+        return refusal;
+    }
     super::to_the_end(take(state, Caller { sender, address, arrival }, bytes)).await
 }
 
-async fn take(state: PublicState, caller: Caller, bytes: Held) -> Response {
-    let (body, site) = match find_site(&state, &bytes).await {
+async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
+    let (bytes, _room) = read.apart();
+    let found = find_site(&state, &bytes).await;
+    // What was understood is kept, what was read no longer.
+    drop(bytes);
+    let (body, site) = match found {
         Ok(found) => found,
         Err(problem) => return caller.sender.shown_to_customers(&state.directory, logged(problem)).await,
     };
@@ -141,7 +156,7 @@ fn one_site(events: &[WireEvent], site: &Site) -> Result<(), Problem> {
 /// The server's side of an error that is the server's own.
 fn logged(problem: Problem) -> Response {
     if problem.is_server_side() {
-        tracing::warn!(http.route = "/api/sync", error.code = problem.code(), "an event could not be stored now");
+        early::note("/api/sync", &problem);
     }
     problem.into_response()
 }
