@@ -19,6 +19,7 @@ use serde::Deserialize;
 use super::PublicState;
 use super::answer::Problem;
 use super::cors::Sender;
+use super::turn::in_turn;
 use crate::domain::outcome::Unavailable;
 use crate::pipeline::Pressure;
 
@@ -28,7 +29,7 @@ pub(super) async fn refusal(state: &PublicState, sender: &Sender, bytes: &[u8]) 
         Pressure::Low => None,
         Pressure::Full => Some(sender.shown_to_customers(&state.directory, busy()).await),
         Pressure::High => {
-            let glance: Glance<'_> = serde_json::from_slice(bytes).ok()?;
+            let glance: Glance<'_> = in_turn(|| serde_json::from_slice(bytes)).await.ok()?;
             let name = glance.site()?;
             let site = state.directory.site(name).await.ok()??;
             sender.admit(&site).ok()?;

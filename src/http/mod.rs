@@ -44,6 +44,7 @@ mod script;
 pub mod serve;
 pub mod signature;
 mod sync;
+mod turn;
 pub mod wire;
 mod worker;
 

@@ -32,6 +32,8 @@ const QUANTUM: usize = 128 << 10;
 const ASKING_QUANTUM: usize = 16 << 10;
 /// Whoever waits for space may fill at least this, however small the room is that they wait for.
 const SMALLEST_ASKING: usize = 4 << 20;
+/// However slow the database is, a batch has room for so many events.
+const SMALLEST_BATCH: usize = 16;
 /// What an event costs beside itself while it waits: its place, its answer, and what its caller keeps of it.
 const OVERHEAD: usize = 512;
 
@@ -67,7 +69,17 @@ struct Inside {
     patient: Room<SiteId>,
     asking: FairQueue<SiteId, Asking>,
     asking_room: Room<SiteId>,
+    /// Most events of a batch, as things are: one that takes longer than the patience is written for nothing, and all after it.
+    batch: usize,
     closed: bool,
+}
+
+/// How the writing of a batch went.
+struct Written {
+    events: usize,
+    bytes: usize,
+    took: Duration,
+    full: bool,
 }
 
 /// Space that was taken.
@@ -101,6 +113,7 @@ impl WaitingRoom {
             patient: Room::of(config.patient_room_bytes),
             asking: FairQueue::new(ASKING_QUANTUM),
             asking_room: Room::of(config.patient_room_bytes.max(SMALLEST_ASKING)),
+            batch: config.batch.max(1),
             closed: false,
         };
         Self {
@@ -220,7 +233,7 @@ impl WaitingRoom {
 
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
         let (mut taken, mut bytes) = (Vec::new(), 0);
-        while taken.len() < self.config.batch && (taken.is_empty() || bytes < self.config.batch_bytes) {
+        while taken.len() < inside.batch && (taken.is_empty() || bytes < self.config.batch_bytes) {
             let Some((_, waiting)) = inside.queue.pop() else { break };
             bytes += waiting.counted;
             taken.push(*waiting);
@@ -270,10 +283,11 @@ impl WaitingRoom {
         self.bell.notify_one();
     }
 
-    fn settle(&self, places: &[Place], written: Option<(usize, Duration, bool)>) {
+    fn settle(&self, places: &[Place], written: Option<Written>) {
         let mut inside = self.inside();
-        if let Some((bytes, took, full)) = written {
-            inside.room.wrote(bytes, took, self.config.writers.max(1), full);
+        if let Some(written) = written {
+            inside.room.wrote(written.bytes, written.took, self.config.writers.max(1), written.full);
+            inside.fit_batches(&written, &self.config);
         }
         places.iter().for_each(|place| inside.leave(*place));
         inside.let_in();
@@ -310,6 +324,16 @@ impl Inside {
         room.leave(place.site, place.counted);
     }
 
+    /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as
+    /// for many is left in between: smaller batches would only make it worse.
+    fn fit_batches(&mut self, written: &Written, config: &PipelineConfig) {
+        if written.took > config.patience / 2 {
+            self.batch = self.batch.min((written.events / 2).max(SMALLEST_BATCH.min(config.batch.max(1))));
+        } else if written.took < config.patience / 4 && written.events >= self.batch {
+            self.batch = (self.batch * 2).min(config.batch.max(1));
+        }
+    }
+
     fn leave_room(&mut self, site: SiteId, sum: usize) {
         let counted = self.room.counted(sum);
         self.room.leave(site, counted);
@@ -344,7 +368,8 @@ impl Batch {
         debug_assert_eq!(outcomes.len(), self.answers.len(), "one outcome an event");
         let places = std::mem::take(&mut self.places);
         // Before the answers, so that whoever hears one finds the space free.
-        self.room.settle(&places, Some((self.bytes, self.begun.elapsed(), self.full)));
+        let (bytes, took, full) = (self.bytes, self.begun.elapsed(), self.full);
+        self.room.settle(&places, Some(Written { events: self.answers.len(), bytes, took, full }));
         for (sender, outcome) in std::mem::take(&mut self.answers).into_iter().zip(outcomes) {
             answer(sender, outcome);
         }

@@ -86,6 +86,25 @@ async fn every_batch_has_the_quiet_site_and_stays_large() {
 }
 
 #[tokio::test]
+async fn batches_that_take_too_long_become_smaller_and_large_again() {
+    let config =
+        PipelineConfig { patience: Duration::from_millis(200), room_bytes: 64 << 20, ..PipelineConfig::default() };
+    let room = Arc::new(WaitingRoom::new(config));
+    room.take((0..4000).map(|n| event(1, n)).collect()).expect("there is space");
+    let mut sizes = Vec::new();
+    for slow in [true, true, true, true, true, false, false, false, false, false] {
+        let batch = room.batch().await.expect("it is open");
+        sizes.push(batch.events.len());
+        if slow {
+            tokio::time::sleep(Duration::from_millis(120)).await;
+        }
+        busy(batch);
+    }
+    assert_eq!(sizes[..6], [256, 128, 64, 32, 16, 16]);
+    assert_eq!(sizes[6..], [32, 64, 128, 256]);
+}
+
+#[tokio::test]
 async fn who_waits_for_space_gets_it_in_turn_by_site() {
     let room = room(100, 200);
     let mut flood = tokio::task::JoinSet::new();

@@ -130,6 +130,11 @@ async fn a_flood_is_refused_and_neither_the_writers_nor_another_site_nor_memory_
         second / MIB
     );
 
+    if quiet.refused.load(Ordering::Relaxed) > 0 || during < before / 2.0 {
+        let said = server.program.said();
+        let lines: Vec<&str> = said.lines().filter(|line| line.contains("WARN")).collect();
+        println!("the server's last words of warning: {:#?}", &lines[lines.len().saturating_sub(8)..]);
+    }
     assert!(refused > 0 && curt == 0, "{refused} refused, {curt} of them without Retry-After");
     assert_eq!(odd, 0, "a refusal is an answer, not a broken connection");
     let [stored, refused, odd] =
