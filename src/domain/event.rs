@@ -297,18 +297,40 @@ impl Event {
         Month::of(self.received_at)
     }
 
-    /// Roughly what it occupies in memory, bytes: what the waiting room counts.
+    /// No event weighs less.
+    pub const LEAST_WEIGHT: usize = size_of::<Self>() + SHORT_TEXTS;
+
+    /// What it occupies in memory, bytes, or a little more: what the waiting room counts. Small things are large there, so that an event of
+    /// very many of them may be twenty times what it was on the wire.
     pub fn weight(&self) -> usize {
-        fn of(value: &Value) -> usize {
-            24 + match value {
-                Value::String(text) => text.len(),
-                Value::Array(items) => items.iter().map(of).sum(),
-                Value::Object(map) => map.iter().map(|(key, value)| 48 + key.len() + of(value)).sum(),
-                _ => 8,
-            }
+        let some = |text: &Option<String>| text.as_deref().map_or(0, str::len);
+        // What was read out of the address, click ids and campaign, is no longer than it is.
+        let long = 2 * self.url.len() + self.exit_page.len() + some(&self.referrer) + some(&self.label);
+        Self::LEAST_WEIGHT + long + of_map(&self.metadata)
+    }
+}
+
+/// Heap of an event's other texts together: dozens of bytes each, and what the allocator needs to know of them.
+const SHORT_TEXTS: usize = 512;
+/// What the allocator adds to a piece of memory.
+const PIECE: usize = 16;
+
+fn of_map(map: &Map<String, Value>) -> usize {
+    // A node of the tree has eleven places for keys and values, and is half full at least, but for the first.
+    const NODE: usize = 11 * (size_of::<String>() + size_of::<Value>()) + 2 * PIECE;
+    let texts = map.iter().map(|(key, value)| key.len() + PIECE + of_value(value)).sum::<usize>();
+    texts + map.len().div_ceil(6) * NODE
+}
+
+/// What a value has beyond itself.
+fn of_value(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.capacity() + PIECE,
+        Value::Array(items) => {
+            items.capacity() * size_of::<Value>() + PIECE + items.iter().map(of_value).sum::<usize>()
         }
-        let texts = self.url.len() + self.exit_page.len() + self.referrer.as_ref().map_or(0, String::len);
-        1536 + texts + self.metadata.iter().map(|(key, value)| 48 + key.len() + of(value)).sum::<usize>()
+        Value::Object(map) => of_map(map),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     }
 }
 

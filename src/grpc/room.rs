@@ -22,7 +22,7 @@ use super::status;
 use crate::domain::outcome::Unavailable;
 
 /// The room of all calls together, KiB.
-const ROOM_KIB: usize = 64 << 10;
+const ROOM_KIB: usize = 16 << 10;
 /// tonic's buffer of every call, bytes: what fits there takes no room.
 const FREE: usize = 8 << 10;
 /// Nobody is waited for longer in the middle of a message ...

@@ -39,6 +39,9 @@ impl BodyRoom {
     }
 }
 
+/// A body of this many bytes mostly comes along with its head: reading it costs less than refusing it unread.
+const SHORT: u64 = 8 << 10;
+
 /// A body that was read. Its room is free again when it is dropped, so it is kept until the answer is there.
 #[derive(Debug)]
 pub struct Held {
@@ -65,6 +68,13 @@ impl Held {
     }
 }
 
+impl Held {
+    /// The bytes, and the room that was taken for them: to be kept for as long as what was made of them is worked on.
+    pub fn apart(self) -> (Vec<u8>, Option<OwnedSemaphorePermit>) {
+        (self.bytes, self.taken)
+    }
+}
+
 impl Deref for Held {
     type Target = [u8];
 
@@ -85,8 +95,7 @@ pub async fn read(
         refuse_rest(headers, body);
         return Err(Problem::encoded_body());
     }
-    let announced = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limit as u64) {
+    if announced(headers).is_some_and(|length| length > limit as u64) {
         refuse_rest(headers, body);
         return Err(Problem::body_too_large(limit));
     }
@@ -109,6 +118,19 @@ pub async fn read(
             return Err(problem);
         }
     }
+}
+
+/// Gives the body back if it is short; else refuses it before it is read, because nobody could store what it says.
+pub fn refuse_unread(headers: &HeaderMap, body: Body) -> Result<Body, Problem> {
+    if announced(headers).is_some_and(|length| length <= SHORT) {
+        return Ok(body);
+    }
+    refuse_rest(headers, body);
+    Err(Problem::no_room())
+}
+
+fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// Swallows beside the answer, so that a client that waits for it before it goes on is not kept waiting.

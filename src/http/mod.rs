@@ -37,19 +37,22 @@ pub mod answer;
 mod body;
 pub mod client_address;
 mod cors;
+mod early;
 pub mod limit;
+mod reading;
 mod script;
 pub mod serve;
 pub mod signature;
 mod sync;
+mod turn;
 pub mod wire;
 mod worker;
 
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Most bytes of all bodies that are being read or worked on: a hundred of the largest, tens of thousands of usual ones.
-pub const BODY_ROOM: usize = 64 << 20;
+/// Most bytes of all bodies that are being read or worked on: thirty of the largest, sixteen thousand of usual ones.
+pub const BODY_ROOM: usize = 16 << 20;
 
 /// What the public listener needs.
 #[derive(Clone)]

@@ -1,6 +1,6 @@
 //! Serving a router on a socket: HTTP/1 and HTTP/2, bounded on every side.
 //!
-//! A connection that asks nothing, dawdles with its headers or stays idle is closed; there is a most of connections, further ones wait in the
+//! A connection that asks nothing, dawdles with its headers, stays idle or does not read its answers (`reading.rs`) is closed; there is a most of connections, further ones wait in the
 //! kernel's queue. On stop nothing new is taken, what was taken is answered, and who is still there after the drain is cut off.
 
 use std::net::SocketAddr;
@@ -16,11 +16,14 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
+
+use super::reading::Reading;
 
 /// Most requests at once on a connection of HTTP/2: a page has one under way, and a delivery is one.
 const STREAMS: u32 = 16;
@@ -29,6 +32,9 @@ const STREAM_WINDOW: u32 = 64 << 10;
 /// ... and all requests of a connection.
 const CONNECTION_WINDOW: u32 = 256 << 10;
 
+/// Bytes of answers that the kernel keeps for a client that does not read, where it would keep megabytes: hundreds of answers.
+const SEND_BUFFER: usize = 64 << 10;
+
 /// Bounds of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -36,6 +42,8 @@ pub struct Limits {
     pub connections: usize,
     /// From the connection to the first request, and from one request to the end of the next one's headers.
     pub header_patience: Duration,
+    /// A client that does not read what it asked for is waited for no longer than this.
+    pub read_patience: Duration,
     /// Most bytes of a request's headers.
     pub header_bytes: u32,
     /// What is being answered on stop has this long.
@@ -47,6 +55,7 @@ impl Default for Limits {
         Self {
             connections: 8192,
             header_patience: Duration::from_secs(15),
+            read_patience: Duration::from_secs(20),
             header_bytes: 32 << 10,
             drain: Duration::from_secs(10),
         }
@@ -102,6 +111,7 @@ async fn connection(
 ) {
     // Answers are small; waiting to fill a packet only delays them.
     let _ = stream.set_nodelay(true);
+    let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
     let asked = Arc::new(AtomicBool::new(false));
     let service = service_fn({
         let asked = asked.clone();
@@ -113,6 +123,7 @@ async fn connection(
         }
     });
     let server = builder(limits);
+    let stream = Reading::new(stream, limits.read_patience);
     let served = watcher.watch(server.serve_connection(TokioIo::new(stream), service).into_owned());
     let mut served = std::pin::pin!(served);
     // hyper's own timers begin with the first bytes of a known protocol; this one begins with the connection.

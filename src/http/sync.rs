@@ -1,6 +1,6 @@
 //! `POST /api/sync`: the public door, for the tracker in visitors' browsers.
 //!
-//! Size and time → JSON → `s` → the site exists → its origin → rate → each event → the transport. Nothing is processed for a site that does not
+//! Room → size and time → JSON → `s` → the site exists → its origin → rate → each event → the transport. Nothing is processed for a site that does not
 //! exist. Once the body is here, the work goes on even if the browser hangs up: a click on a telephone link leaves the page.
 
 use std::sync::Arc;
@@ -14,14 +14,19 @@ use std::net::IpAddr;
 use super::answer::{self, Fate, Problem};
 use super::body::{self, Held};
 use super::cors::{Sender, hidden};
+use super::turn::{in_turn, turn};
 use super::wire::{self, Body, WireEvent};
-use super::{PublicState, client_address, peer};
+use super::{PublicState, client_address, early, peer};
 use crate::domain::event::Arrival;
 use crate::domain::refusal::Refusal;
 use crate::domain::site::Site;
+use crate::pipeline::Pressure;
 
 /// What this address takes.
 const ALLOW: &str = "POST, OPTIONS";
+
+/// After so many events of a batch others get a chance to run: a fraction of a millisecond.
+const IN_A_ROW: usize = 8;
 
 /// What is known of a request beside its body.
 struct Caller {
@@ -41,16 +46,30 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
     let (parts, body) = request.into_parts();
     let address = state.proxies.client(peer(&parts), &parts.headers);
     let arrival = client_address::arrival(&parts.headers, address, Utc::now());
-    let read = body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await;
+    let wanted = match state.transport.pressure() {
+        Pressure::Full => body::refuse_unread(&parts.headers, body),
+        Pressure::Low | Pressure::High => Ok(body),
+    };
+    let read = match wanted {
+        Ok(body) => body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await,
+        Err(problem) => Err(problem),
+    };
     let bytes = match read {
         Ok(bytes) => bytes,
         Err(problem) => return sender.shown_to_customers(&state.directory, problem).await,
     };
+    if let Some(refusal) = early::refusal(&state, &sender, &bytes).await {
+        return refusal;
+    }
     super::to_the_end(take(state, Caller { sender, address, arrival }, bytes)).await
 }
 
-async fn take(state: PublicState, caller: Caller, bytes: Held) -> Response {
-    let (body, site) = match find_site(&state, &bytes).await {
+async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
+    let (bytes, _room) = read.apart();
+    let found = find_site(&state, &bytes).await;
+    // What was understood is kept, what was read no longer.
+    drop(bytes);
+    let (body, site) = match found {
         Ok(found) => found,
         Err(problem) => return caller.sender.shown_to_customers(&state.directory, logged(problem)).await,
     };
@@ -65,7 +84,7 @@ async fn take(state: PublicState, caller: Caller, bytes: Held) -> Response {
 
 /// Reads the body as far as its site, and looks that up.
 async fn find_site(state: &PublicState, bytes: &[u8]) -> Result<(Body, Arc<Site>), Problem> {
-    let body = wire::read(bytes)?;
+    let body = in_turn(|| wire::read(bytes)).await?;
     let events = match &body {
         Body::One(event) => std::slice::from_ref(&**event),
         Body::Batch(events) => events,
@@ -84,7 +103,7 @@ async fn hand_over(state: &PublicState, caller: &Caller, site: &Site, body: Body
     state.limit.check(site.id, caller.address).map_err(Problem::rate_limited)?;
     match body {
         Body::One(event) => {
-            let event = event.accept(site.id, &caller.arrival)?;
+            let event = in_turn(|| event.accept(site.id, &caller.arrival)).await?;
             let id = event.id;
             let verdicts = state.transport.hand_over(vec![event]).await;
             answer::to_one(id, *verdicts.first().ok_or_else(Problem::internal)?)
@@ -101,7 +120,11 @@ async fn hand_over_batch(
 ) -> Result<Response, Problem> {
     let mut accepted = Vec::with_capacity(read.len());
     let mut fates = Vec::with_capacity(read.len());
-    for wire in read {
+    let turn = turn().await;
+    for (at, wire) in read.into_iter().enumerate() {
+        if at % IN_A_ROW == IN_A_ROW - 1 {
+            tokio::task::yield_now().await;
+        }
         let sent_id = wire.event_id(site.id);
         let checked = match &wire.site {
             Ok(_) => wire.accept(site.id, &caller.arrival),
@@ -116,6 +139,7 @@ async fn hand_over_batch(
             Err(refusal) => Err((sent_id, refusal)),
         });
     }
+    drop(turn);
     let mut verdicts = match accepted.is_empty() {
         true => Vec::new(),
         false => state.transport.hand_over(accepted).await,
@@ -141,7 +165,7 @@ fn one_site(events: &[WireEvent], site: &Site) -> Result<(), Problem> {
 /// The server's side of an error that is the server's own.
 fn logged(problem: Problem) -> Response {
     if problem.is_server_side() {
-        tracing::warn!(http.route = "/api/sync", error.code = problem.code(), "an event could not be stored now");
+        early::note("/api/sync", &problem);
     }
     problem.into_response()
 }

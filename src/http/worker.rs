@@ -15,11 +15,12 @@ use http::header::RETRY_AFTER;
 
 use super::answer::{self, Problem};
 use super::wire::{self, Body};
-use super::{PublicState, body};
+use super::{PublicState, body, early};
 use crate::domain::event::{Arrival, Event};
 use crate::domain::id::{DeadLetterId, EventId, SiteId};
 use crate::domain::job::Job;
 use crate::domain::outcome::{DeathReason, Unavailable};
+use crate::pipeline::Pressure;
 use crate::store::dead_letters::DeadLetter;
 
 /// Most bytes of a delivery: QStash's own limit.
@@ -46,6 +47,9 @@ pub async fn worker(State(state): State<PublicState>, request: Request) -> Respo
     if let Err(error) = state.verifier.verify(signature, &bytes) {
         tracing::warn!(http.route = "/api/sync/worker", %error, "a delivery was refused");
         return Problem::signature().into_response();
+    }
+    if state.pipeline.pressure() == Pressure::Full {
+        return patient(logged(Unavailable::Busy.into()), retried);
     }
     let response = super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(logged) }).await;
     patient(response, retried)
@@ -185,11 +189,7 @@ async fn bury(state: &PublicState, bytes: &[u8], corpse: Corpse, now: DateTime<U
 
 fn logged(problem: Problem) -> Response {
     if problem.is_server_side() {
-        tracing::warn!(
-            http.route = "/api/sync/worker",
-            error.code = problem.code(),
-            "a delivery could not be stored now"
-        );
+        early::note("/api/sync/worker", &problem);
     }
     problem.into_response()
 }

@@ -4,11 +4,20 @@ use async_trait::async_trait;
 
 use super::{Transport, Verdict};
 use crate::domain::event::Event;
-use crate::pipeline::Pipeline;
+use crate::domain::id::SiteId;
+use crate::pipeline::{Pipeline, Pressure};
 
 #[async_trait]
 impl Transport for Pipeline {
     async fn hand_over(&self, events: Vec<Event>) -> Vec<Verdict> {
         self.submit(events).await.into_iter().map(Verdict::Final).collect()
+    }
+
+    fn pressure(&self) -> Pressure {
+        Pipeline::pressure(self)
+    }
+
+    fn refuses(&self, site: SiteId, events: usize) -> bool {
+        Pipeline::refuses(self, site, events)
     }
 }

@@ -6,7 +6,9 @@
 use async_trait::async_trait;
 
 use crate::domain::event::Event;
+use crate::domain::id::SiteId;
 use crate::domain::outcome::Outcome;
+use crate::pipeline::Pressure;
 
 pub mod inline;
 pub mod qstash;
@@ -25,4 +27,14 @@ pub enum Verdict {
 pub trait Transport: Send + Sync {
     /// Hands events over; one verdict an event, in the same order. Never fails as a whole, never drops an event in silence.
     async fn hand_over(&self, events: Vec<Event>) -> Vec<Verdict>;
+
+    /// How near it is to taking nothing more. Asked before a request is read or understood, so that a refusal costs next to nothing.
+    fn pressure(&self) -> Pressure {
+        Pressure::Low
+    }
+
+    /// Whether it is certain that this many events of a site would not be taken now. To be asked when there is pressure.
+    fn refuses(&self, _site: SiteId, _events: usize) -> bool {
+        false
+    }
 }

@@ -20,6 +20,7 @@ mod log;
 mod manners;
 mod merge;
 mod odd_event;
+mod overload;
 mod pipeline;
 mod process;
 mod qstash;

@@ -227,7 +227,7 @@ async fn a_client_that_does_not_read_is_held_back_and_its_connection_still_serve
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn what_was_taken_of_a_client_that_is_gone_is_stored() {
     // Room for a few: the last message that was read still waits for room when its client goes.
-    let config = PipelineConfig { patient_room_bytes: 64 << 10, patience: LIMIT, ..PipelineConfig::default() };
+    let config = PipelineConfig { patient_room_bytes: 96 << 10, patience: LIMIT, ..PipelineConfig::default() };
     let line = Line::open(config).await;
     let blocker = locked(&line.database).await;
     // A client of its own runtime, so that it can vanish with its connection and all its tasks.
@@ -242,7 +242,7 @@ async fn what_was_taken_of_a_client_that_is_gone_is_stored() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     blocker.batch_execute("COMMIT").await.expect("released");
     let began = Instant::now();
-    // An event weighs between 1.5 and 2.1 KiB, so 31 to 42 had room; and the one that waited.
+    // An event weighs between 2 and 2.9 KiB, so 33 to 48 had room; and the one that waited.
     while line.database.count("SELECT count(*) FROM events").await < 32 {
         assert!(began.elapsed() < LIMIT, "{:?}", stored(&line.database).await);
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -453,7 +453,7 @@ async fn a_revoked_token_writes_nothing_more_when_its_client_takes_up_reading_ag
 async fn those_who_wait_for_room_and_those_who_cannot_starve_nobody() {
     let database = database().await;
     let site = database.site("rooms").await.id;
-    let small = 64 << 10;
+    let small = 128 << 10;
     let config = PipelineConfig { room_bytes: small, patient_room_bytes: small, patience: LIMIT, ..Default::default() };
     let pipeline = Pipeline::start(database.store.clone(), Nudge::default(), config);
     let blocker = locked(&database).await;

@@ -19,6 +19,7 @@ use super::proto::{
 use super::{GrpcState, convert, status, watch};
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::domain::signal::SignalSet;
+use crate::pipeline::Pressure;
 use admission::{Admission, Refused, Sender};
 
 mod admission;
@@ -38,6 +39,9 @@ impl Ingest {
 
     /// Stores what can be stored of these encoded events; one result each, in the same order. Nothing is stored before every event's site has been checked.
     async fn store(&self, sender: &Sender, events: Vec<Vec<u8>>) -> Result<Vec<IngestResult>, Status> {
+        if self.refuses(&events).await {
+            return Err(status::unavailable(Unavailable::Busy));
+        }
         let received_at = Utc::now();
         let mut admission = Admission::of(sender);
         let mut accepted = Vec::with_capacity(events.len());
@@ -62,6 +66,26 @@ impl Ingest {
             }
         };
         items.into_iter().map(&mut result).collect::<Result<_, _>>().map_err(status::unavailable)
+    }
+}
+
+impl Ingest {
+    /// Whether it is certain that the pipeline would not take these events now: found out before any of them is read.
+    async fn refuses(&self, events: &[Vec<u8>]) -> bool {
+        let pipeline = &self.state.pipeline;
+        match pipeline.pressure() {
+            Pressure::Low => false,
+            Pressure::Full => true,
+            Pressure::High => {
+                let mut names = events.iter().map(|event| convert::Envelope::of(event));
+                let Some(first) = names.next() else { return false };
+                let same = 1 + names.filter(|other| other.site() == first.site()).count();
+                match self.state.directory.site(first.site()).await {
+                    Ok(Some(site)) => pipeline.refuses(site.id, same),
+                    Ok(None) | Err(_) => false,
+                }
+            }
+        }
     }
 }
 

@@ -1,0 +1,136 @@
+//! Refusing before the work: what a request costs that cannot be stored now.
+//!
+//! ```text
+//! nobody finds room ─▶ a long body is not read, a short one not understood
+//! some sites do not ─▶ a glance at whose events they are and how many, and only then the rest
+//! ```
+//!
+//! Under pressure most requests may be refused, and the machine has better things to do than to understand them. And they are not logged one by
+//! one: once a second, with their number.
+
+use std::borrow::Cow;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use super::PublicState;
+use super::answer::Problem;
+use super::cors::Sender;
+use super::turn::in_turn;
+use crate::domain::outcome::Unavailable;
+use crate::pipeline::Pressure;
+
+/// The answer, if it is certain that nothing of this body would be taken. None as well for what has to be read to know what is wrong with it.
+pub(super) async fn refusal(state: &PublicState, sender: &Sender, bytes: &[u8]) -> Option<Response> {
+    match state.transport.pressure() {
+        Pressure::Low => None,
+        Pressure::Full => Some(sender.shown_to_customers(&state.directory, busy()).await),
+        Pressure::High => {
+            let glance: Glance<'_> = in_turn(|| serde_json::from_slice(bytes)).await.ok()?;
+            let name = glance.site()?;
+            let site = state.directory.site(name).await.ok()??;
+            sender.admit(&site).ok()?;
+            let refused = state.transport.refuses(site.id, glance.events.as_ref().map_or(1, Vec::len));
+            refused.then(|| sender.shown(busy()))
+        }
+    }
+}
+
+fn busy() -> Response {
+    let problem = Problem::from(Unavailable::Busy);
+    note("/api/sync", &problem);
+    problem.into_response()
+}
+
+/// As much of a body as tells whose it is.
+#[derive(Deserialize)]
+struct Glance<'a> {
+    #[serde(borrow)]
+    s: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    events: Option<Vec<Named<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct Named<'a> {
+    #[serde(borrow)]
+    s: Option<Cow<'a, str>>,
+}
+
+impl Glance<'_> {
+    fn site(&self) -> Option<&str> {
+        match &self.events {
+            None => self.s.as_deref(),
+            Some(events) => events.iter().find_map(|event| event.s.as_deref()),
+        }
+    }
+}
+
+/// Logs that a route cannot store what it was sent: once a second, and how often that was.
+pub(super) fn note(route: &'static str, problem: &Problem) {
+    static SELDOM: Seldom = Seldom::new();
+    if let Some(times) = SELDOM.now() {
+        tracing::warn!(
+            http.route = route,
+            error.code = problem.code(),
+            requests = times,
+            "requests could not be stored now"
+        );
+    }
+}
+
+/// Says yes once a second.
+struct Seldom {
+    second: AtomicU64,
+    times: AtomicU64,
+}
+
+impl Seldom {
+    const fn new() -> Self {
+        Self { second: AtomicU64::new(u64::MAX), times: AtomicU64::new(0) }
+    }
+
+    /// Once a second, how often it was asked since.
+    fn now(&self) -> Option<u64> {
+        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+        self.at(BEGAN.elapsed().as_secs())
+    }
+
+    fn at(&self, second: u64) -> Option<u64> {
+        self.times.fetch_add(1, Ordering::Relaxed);
+        let last = self.second.load(Ordering::Relaxed);
+        let first =
+            last != second && self.second.compare_exchange(last, second, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        first.then(|| self.times.swap(0, Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_glance_tells_whose_events_they_are() {
+        let site = |body: &str| {
+            let glance: Option<Glance<'_>> = serde_json::from_str(body).ok();
+            glance.and_then(|glance| Some((glance.site()?.to_owned(), glance.events.as_ref().map_or(1, Vec::len))))
+        };
+        let told = |name: &str, events| Some((name.to_owned(), events));
+        assert_eq!(site(r#"{"u":"https://a.example","s":"shop","meta":{"s":"other"}}"#), told("shop", 1));
+        assert_eq!(site(r#"{"s":"sh\u006fp"}"#), told("shop", 1));
+        assert_eq!(site(r#"{"events":[{"u":"x"},{"s":"shop"}],"s":"other"}"#), told("shop", 2));
+        // What cannot be told at a glance is read as a whole.
+        for odd in ["", "[]", "{}", r#"{"s":7}"#, r#"{"events":[]}"#, r#"{"events":7,"s":"shop"}"#, r#"{"s":"shop""#] {
+            assert_eq!(site(odd), None, "{odd}");
+        }
+    }
+
+    #[test]
+    fn a_second_has_one_line_and_none_is_forgotten() {
+        let seldom = Seldom::new();
+        assert_eq!([0, 0, 0, 1, 1, 5].map(|second| seldom.at(second)), [Some(1), None, None, Some(3), None, Some(2)]);
+    }
+}

@@ -1,0 +1,159 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const QUANTUM: usize = 100;
+
+fn queue() -> FairQueue<u8, (u8, u32)> {
+    FairQueue::new(QUANTUM)
+}
+
+fn drained(queue: &mut FairQueue<u8, (u8, u32)>) -> Vec<(u8, u32)> {
+    std::iter::from_fn(|| queue.pop().map(|(_, item)| item)).collect()
+}
+
+#[test]
+fn one_lane_is_a_plain_queue() {
+    let mut queue = queue();
+    (0..1000).for_each(|n| queue.push(1, 70, (1, n)));
+    assert_eq!((queue.weight, queue.next_weight()), (70_000, Some(70)));
+    assert_eq!(drained(&mut queue), (0..1000).map(|n| (1, n)).collect::<Vec<_>>());
+    assert!(queue.is_empty() && queue.pop().is_none() && queue.next_weight().is_none());
+}
+
+#[test]
+fn whoever_comes_to_a_flood_is_next_and_then_has_half() {
+    let mut queue = queue();
+    (0..1000).for_each(|n| queue.push(1, 10, (1, n)));
+    (0..25).for_each(|_| assert!(queue.pop().is_some()));
+    (0..100).for_each(|n| queue.push(2, 10, (2, n)));
+    let next: Vec<u8> = (0..120).filter_map(|_| queue.pop().map(|(lane, _)| lane)).collect();
+    assert_eq!(next[..10], [2; 10], "a quantum at once");
+    let shares = next[10..].iter().filter(|lane| **lane == 2).count();
+    assert!((50..=60).contains(&shares), "{shares} of 110");
+}
+
+#[test]
+fn a_lane_is_gone_when_it_is_empty() {
+    let mut queue = queue();
+    queue.push(0, 1, (0, 0));
+    for round in 0..10_000_u32 {
+        let lane = u8::try_from(round % 200).expect("below 256");
+        queue.push(lane, 1, (lane, round));
+        queue.pop();
+    }
+    assert!(queue.lanes.len() <= 2, "{}", queue.lanes.len());
+    drained(&mut queue);
+    assert_eq!((queue.lanes.len(), queue.fresh.len(), queue.ring.len()), (0, 0, 0));
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Push { lane: u8, weight: usize },
+    Pop,
+    Remove { modulus: u32 },
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        6 => (0_u8..6, prop_oneof![1_usize..40, 90_usize..110, Just(700_usize)])
+            .prop_map(|(lane, weight)| Step::Push { lane, weight }),
+        5 => Just(Step::Pop),
+        1 => (2_u32..9).prop_map(|modulus| Step::Remove { modulus }),
+    ];
+    proptest::collection::vec(step, 0..400)
+}
+
+proptest! {
+    #[test]
+    fn everything_comes_out_once_and_in_the_order_of_its_lane(steps in steps()) {
+        let (mut queue, mut next) = (queue(), 0);
+        let (mut inside, mut last) = (BTreeMap::new(), BTreeMap::new());
+        let mut came = |item: (u8, u32), inside: &mut BTreeMap<u32, usize>| {
+            prop_assert!(inside.remove(&item.1).is_some(), "{item:?} came twice, or from nowhere");
+            let before = last.insert(item.0, item.1);
+            prop_assert!(before < Some(item.1), "{item:?} after {before:?}");
+            Ok(())
+        };
+        for step in steps {
+            match step {
+                Step::Push { lane, weight } => {
+                    queue.push(lane, weight, (lane, next));
+                    inside.insert(next, weight);
+                    next += 1;
+                }
+                Step::Pop => {
+                    let (weight, popped) = (queue.next_weight(), queue.pop());
+                    prop_assert_eq!(popped.is_some(), !inside.is_empty());
+                    if let Some((lane, item)) = popped {
+                        prop_assert_eq!((lane, weight), (item.0, inside.get(&item.1).copied()));
+                        came(item, &mut inside)?;
+                    }
+                }
+                Step::Remove { modulus } => {
+                    let removed = queue.remove_where(|(_, n)| n % modulus == 0);
+                    let expected: BTreeSet<u32> = inside.keys().copied().filter(|n| n % modulus == 0).collect();
+                    prop_assert_eq!(removed.iter().map(|(_, item)| item.1).collect::<BTreeSet<_>>(), expected);
+                    inside.retain(|n, _| n % modulus != 0);
+                }
+            }
+            prop_assert_eq!(queue.weight, inside.values().sum::<usize>());
+            prop_assert_eq!(queue.is_empty(), inside.is_empty());
+            prop_assert_eq!(queue.fresh.len() + queue.ring.len(), queue.lanes.len(), "every lane is in one list, once");
+        }
+        for item in drained(&mut queue) {
+            came(item, &mut inside)?;
+        }
+        prop_assert!(inside.is_empty(), "lost: {inside:?}");
+        prop_assert!(queue.lanes.is_empty());
+    }
+
+    /// Whatever the others bring, as much and as often as they like: what stands first in a lane comes out before each of them had more
+    /// than two turns, and what they overdrew in these.
+    #[test]
+    fn nobody_waits_for_more_than_two_turns_of_each_other(
+        before in proptest::collection::vec((1_u8..6, 1_usize..300), 0..300),
+        flood in proptest::collection::vec((1_u8..6, 1_usize..300), 3000),
+    ) {
+        let mut queue = queue();
+        before.into_iter().for_each(|(lane, weight)| queue.push(lane, weight, (lane, 0)));
+        queue.push(0, 50, (0, 1));
+        let (mut served, mut weights) = (BTreeMap::<u8, usize>::new(), flood.into_iter());
+        loop {
+            // The others never run dry.
+            for (lane, weight) in weights.by_ref().take(10) {
+                queue.push(lane, weight, (lane, 0));
+            }
+            let weight = queue.next_weight().unwrap_or_default();
+            match queue.pop() {
+                Some((0, _)) => break,
+                Some((lane, _)) => *served.entry(lane).or_default() += weight,
+                None => prop_assert!(false, "lost"),
+            }
+        }
+        for (lane, weight) in served {
+            prop_assert!(weight <= 2 * (QUANTUM + 300), "lane {lane} had {weight} in the meantime");
+        }
+    }
+
+    /// Those who always have something waiting get the same, however large or small their items are.
+    #[test]
+    fn shares_are_equal_by_weight(small in 1_usize..30, large in 30_usize..900) {
+        let mut queue = queue();
+        for n in 0..60_000 / small {
+            queue.push(1, small, (1, u32::try_from(n).unwrap_or(0)));
+        }
+        for n in 0..60_000 / large {
+            queue.push(2, large, (2, u32::try_from(n).unwrap_or(0)));
+        }
+        let mut served = [0_usize; 3];
+        while served[1] + served[2] < 40_000 {
+            let weight = queue.next_weight().unwrap_or_default();
+            let Some((lane, _)) = queue.pop() else { break };
+            served[usize::from(lane)] += weight;
+        }
+        prop_assert!(served[1].abs_diff(served[2]) <= 2 * (QUANTUM + large), "{served:?}");
+    }
+}

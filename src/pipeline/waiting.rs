@@ -1,0 +1,399 @@
+//! The waiting room of the pipeline: what was taken and is not settled yet, in two rooms and one queue.
+//!
+//! ```text
+//! submit ─▶ room (by site) ──────────────────┐
+//!   no space for this site: Busy             ├▶ one queue, a lane a site ─▶ batch ─▶ settled: its space is free
+//! take_when_room ─▶ asking ─▶ patient room ──┘
+//!   a lane a site; too many: Busy
+//! ```
+//!
+//! Space is taken from admission until the outcome, so it bounds what is being written, too. Who cannot wait for space (`submit`) comes in as a
+//! whole or not at all: half a request that was written has cost the writers time, and its sender nothing but another try. Nobody of these
+//! waits longer than a bound for a writer; then the answer is Busy, and the writer's time is for those who still listen. Who can
+//! wait for space (`take_when_room`) has a room apart, and as many ask for a place in it as fit into a second one.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, oneshot};
+
+use super::queue::FairQueue;
+use super::room::Room;
+use super::{PipelineConfig, Pressure};
+use crate::domain::event::Event;
+use crate::domain::id::SiteId;
+use crate::domain::outcome::{Outcome, Unavailable};
+use crate::telemetry;
+
+/// What a site gets in one turn, bytes: some dozens of usual events, so that a visit's events mostly stay together.
+const QUANTUM: usize = 128 << 10;
+/// The same where they wait for space: there nothing is kept together, so turns may be short.
+const ASKING_QUANTUM: usize = 16 << 10;
+/// Whoever waits for space may fill at least this, however small the room is that they wait for.
+const SMALLEST_ASKING: usize = 4 << 20;
+/// However slow the database is, a batch has room for so many events.
+const SMALLEST_BATCH: usize = 16;
+/// What an event costs beside itself while it waits: its place, its answer, and what its caller keeps of it.
+const OVERHEAD: usize = 512;
+
+/// An event that waits. Whoever drops it without an answer has broken a promise, and its caller hears *stopping*.
+struct Waiting {
+    event: Event,
+    counted: usize,
+    since: Instant,
+    patient: bool,
+    answer: oneshot::Sender<Outcome>,
+}
+
+/// An event whose caller waits for space for it.
+struct Asking {
+    waiting: Box<Waiting>,
+    counted: usize,
+    taken: oneshot::Sender<()>,
+}
+
+/// The waiting room; shared by those who come and the writers.
+pub(super) struct WaitingRoom {
+    inside: Mutex<Inside>,
+    /// Rung when there is something to write, and when the room closes.
+    bell: Notify,
+    full: AtomicBool,
+    pressed: AtomicBool,
+    config: PipelineConfig,
+}
+
+struct Inside {
+    queue: FairQueue<SiteId, Box<Waiting>>,
+    room: Room<SiteId>,
+    patient: Room<SiteId>,
+    asking: FairQueue<SiteId, Asking>,
+    asking_room: Room<SiteId>,
+    /// Most events of a batch, as things are: one that takes longer than the patience is written for nothing, and all after it.
+    batch: usize,
+    closed: bool,
+}
+
+/// How the writing of a batch went.
+struct Written {
+    events: usize,
+    bytes: usize,
+    took: Duration,
+    full: bool,
+}
+
+/// Space that was taken.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    site: SiteId,
+    counted: usize,
+    patient: bool,
+}
+
+/// What a writer writes next. Its space is free when it is settled or dropped.
+pub(super) struct Batch {
+    /// To be taken out and written.
+    pub events: Vec<Event>,
+    /// When the oldest of them came.
+    pub since: Instant,
+    answers: Vec<oneshot::Sender<Outcome>>,
+    places: Vec<Place>,
+    bytes: usize,
+    /// More was waiting than it could hold.
+    full: bool,
+    begun: Instant,
+    room: Arc<WaitingRoom>,
+}
+
+impl WaitingRoom {
+    pub fn new(config: PipelineConfig) -> Self {
+        let inside = Inside {
+            queue: FairQueue::new(QUANTUM),
+            room: Room::of(config.room_bytes),
+            patient: Room::of(config.patient_room_bytes),
+            asking: FairQueue::new(ASKING_QUANTUM),
+            asking_room: Room::of(config.patient_room_bytes.max(SMALLEST_ASKING)),
+            batch: config.batch.max(1),
+            closed: false,
+        };
+        Self {
+            inside: Mutex::new(inside),
+            bell: Notify::new(),
+            full: AtomicBool::new(false),
+            pressed: AtomicBool::new(false),
+            config,
+        }
+    }
+
+    pub fn pressure(&self) -> Pressure {
+        match (self.full.load(Ordering::Relaxed), self.pressed.load(Ordering::Relaxed)) {
+            (true, _) => Pressure::Full,
+            (false, true) => Pressure::High,
+            (false, false) => Pressure::Low,
+        }
+    }
+
+    /// Whether [`WaitingRoom::take`] would refuse this many events of a site, however small they are.
+    pub fn refuses(&self, site: SiteId, events: usize) -> bool {
+        let inside = self.inside();
+        !inside.room.admits(site, inside.room.counted(events.saturating_mul(Event::LEAST_WEIGHT + OVERHEAD)))
+    }
+
+    /// Takes all of these events, or none.
+    pub fn take(&self, events: Vec<Event>) -> Result<Vec<oneshot::Receiver<Outcome>>, Unavailable> {
+        let weights: Vec<usize> = events.iter().map(weight).collect();
+        let mut sites: Vec<(SiteId, usize)> = Vec::new();
+        for (event, weight) in events.iter().zip(&weights) {
+            match sites.iter_mut().find(|(site, _)| *site == event.site_id) {
+                Some((_, sum)) => *sum += weight,
+                None => sites.push((event.site_id, *weight)),
+            }
+        }
+        let mut inside = self.inside();
+        if inside.closed {
+            return Err(Unavailable::Stopping);
+        }
+        // Together they may be more than there is, so each is admitted with those before it inside.
+        for (at, (site, sum)) in sites.iter().enumerate() {
+            let counted = inside.room.counted(*sum);
+            if !inside.room.admits(*site, counted) {
+                sites[..at].iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
+                return Err(Unavailable::Busy);
+            }
+            inside.room.enter(*site, counted);
+        }
+        sites.iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
+        let since = Instant::now();
+        let receivers = events.into_iter().zip(weights).map(|(event, weight)| {
+            let (answer, receiver) = oneshot::channel();
+            inside.seat(Waiting { event, counted: weight, since, patient: false, answer });
+            receiver
+        });
+        let receivers = receivers.collect();
+        self.look(&inside);
+        drop(inside);
+        self.bell.notify_one();
+        Ok(receivers)
+    }
+
+    /// Takes an event as soon as there is space for it, those of other sites being as near to it.
+    pub async fn take_patiently(&self, event: Event) -> Result<oneshot::Receiver<Outcome>, Unavailable> {
+        let (answer, receiver) = oneshot::channel();
+        let (site, weight) = (event.site_id, weight(&event));
+        let taken = {
+            let mut inside = self.inside();
+            if inside.closed {
+                return Err(Unavailable::Stopping);
+            }
+            let counted = inside.patient.counted(weight);
+            let waiting = Waiting { event, counted, since: Instant::now(), patient: true, answer };
+            if inside.asking.is_empty() && inside.patient.fits(counted) {
+                inside.seat(waiting);
+                None
+            } else {
+                let counted = inside.asking_room.counted(weight);
+                if !inside.asking_room.admits(site, counted) {
+                    return Err(Unavailable::Busy);
+                }
+                let (taken, heard) = oneshot::channel();
+                inside.asking_room.enter(site, counted);
+                inside.asking.push(site, weight, Asking { waiting: Box::new(waiting), counted, taken });
+                Some(heard)
+            }
+        };
+        match taken {
+            None => self.bell.notify_one(),
+            Some(heard) => heard.await.map_err(|_| Unavailable::Stopping)?,
+        }
+        Ok(receiver)
+    }
+
+    /// The next batch, as soon as anything waits. None: the room is closed and empty.
+    pub async fn batch(self: &Arc<Self>) -> Option<Batch> {
+        loop {
+            let rung = self.bell.notified();
+            let (batch, more) = {
+                let mut inside = self.inside();
+                if inside.queue.is_empty() && inside.closed {
+                    // The others want to know as well.
+                    self.bell.notify_one();
+                    return None;
+                }
+                (self.gather(&mut inside), !inside.queue.is_empty())
+            };
+            if more {
+                self.bell.notify_one();
+            }
+            match batch {
+                Some(batch) => return Some(batch),
+                None => rung.await,
+            }
+        }
+    }
+
+    fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while taken.len() < inside.batch && (taken.is_empty() || bytes < self.config.batch_bytes) {
+            let Some((_, waiting)) = inside.queue.pop() else { break };
+            bytes += waiting.counted;
+            taken.push(*waiting);
+        }
+        let since = taken.iter().map(|waiting| waiting.since).min()?;
+        let mut batch = Batch {
+            events: Vec::with_capacity(taken.len()),
+            since,
+            answers: Vec::with_capacity(taken.len()),
+            places: Vec::with_capacity(taken.len()),
+            bytes,
+            full: !inside.queue.is_empty(),
+            begun: Instant::now(),
+            room: self.clone(),
+        };
+        for waiting in taken {
+            batch.places.push(waiting.place());
+            batch.events.push(waiting.event);
+            batch.answers.push(waiting.answer);
+        }
+        Some(batch)
+    }
+
+    /// Sends away those who have waited for a writer longer than they should, and cannot wait.
+    pub fn send_away(&self, longest: Duration) {
+        let gone = {
+            let mut inside = self.inside();
+            if inside.queue.is_empty() {
+                return;
+            }
+            let gone = inside.queue.remove_where(|waiting| !waiting.patient && waiting.since.elapsed() > longest);
+            gone.iter().for_each(|(_, waiting)| inside.leave(waiting.place()));
+            self.look(&inside);
+            gone
+        };
+        for (_, waiting) in gone {
+            answer(waiting.answer, Outcome::Unavailable(Unavailable::Busy));
+        }
+    }
+
+    /// Takes nothing more. Who waits for space is told, what has been taken is written.
+    pub fn close(&self) {
+        let mut inside = self.inside();
+        inside.closed = true;
+        inside.asking.clear();
+        drop(inside);
+        self.bell.notify_one();
+    }
+
+    fn settle(&self, places: &[Place], written: Option<Written>) {
+        let mut inside = self.inside();
+        if let Some(written) = written {
+            inside.room.wrote(written.bytes, written.took, self.config.writers.max(1), written.full);
+            inside.fit_batches(&written, &self.config);
+        }
+        places.iter().for_each(|place| inside.leave(*place));
+        inside.let_in();
+        self.look(&inside);
+        let waiting = !inside.queue.is_empty();
+        drop(inside);
+        if waiting {
+            self.bell.notify_one();
+        }
+    }
+
+    fn look(&self, inside: &Inside) {
+        self.full.store(inside.room.is_full(), Ordering::Relaxed);
+        self.pressed.store(inside.room.is_pressed(), Ordering::Relaxed);
+    }
+
+    fn inside(&self) -> MutexGuard<'_, Inside> {
+        // Whoever broke while holding it broke between two whole states: nothing here can panic halfway.
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inside {
+    /// Counts and queues what was admitted.
+    fn seat(&mut self, waiting: Waiting) {
+        let site = waiting.event.site_id;
+        let room = if waiting.patient { &mut self.patient } else { &mut self.room };
+        room.enter(site, waiting.counted);
+        self.queue.push(site, waiting.counted, Box::new(waiting));
+    }
+
+    fn leave(&mut self, place: Place) {
+        let room = if place.patient { &mut self.patient } else { &mut self.room };
+        room.leave(place.site, place.counted);
+    }
+
+    /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as
+    /// for many is left in between: smaller batches would only make it worse.
+    fn fit_batches(&mut self, written: &Written, config: &PipelineConfig) {
+        if written.took > config.patience / 2 {
+            self.batch = self.batch.min((written.events / 2).max(SMALLEST_BATCH.min(config.batch.max(1))));
+        } else if written.took < config.patience / 4 && written.events >= self.batch {
+            self.batch = (self.batch * 2).min(config.batch.max(1));
+        }
+    }
+
+    fn leave_room(&mut self, site: SiteId, sum: usize) {
+        let counted = self.room.counted(sum);
+        self.room.leave(site, counted);
+    }
+
+    /// Lets in those who wait for space, each site in its turn, as many as fit.
+    fn let_in(&mut self) {
+        while let Some(weight) = self.asking.next_weight() {
+            let counted = self.patient.counted(weight);
+            if !self.patient.fits(counted) {
+                return;
+            }
+            let Some((site, asking)) = self.asking.pop() else { return };
+            self.asking_room.leave(site, asking.counted);
+            // Who has gone in the meantime is not written.
+            if asking.taken.send(()).is_ok() {
+                self.seat(Waiting { since: Instant::now(), ..*asking.waiting });
+            }
+        }
+    }
+}
+
+impl Waiting {
+    fn place(&self) -> Place {
+        Place { site: self.event.site_id, counted: self.counted, patient: self.patient }
+    }
+}
+
+impl Batch {
+    /// Tells everybody; one outcome an event, in order.
+    pub fn settle(mut self, outcomes: Vec<Outcome>) {
+        debug_assert_eq!(outcomes.len(), self.answers.len(), "one outcome an event");
+        let places = std::mem::take(&mut self.places);
+        // Before the answers, so that whoever hears one finds the space free.
+        let (bytes, took, full) = (self.bytes, self.begun.elapsed(), self.full);
+        self.room.settle(&places, Some(Written { events: self.answers.len(), bytes, took, full }));
+        for (sender, outcome) in std::mem::take(&mut self.answers).into_iter().zip(outcomes) {
+            answer(sender, outcome);
+        }
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        if !self.places.is_empty() {
+            self.room.settle(&self.places, None);
+        }
+    }
+}
+
+fn answer(sender: oneshot::Sender<Outcome>, outcome: Outcome) {
+    telemetry::count_outcome(&outcome);
+    // A caller that hung up does not want its answer; the event is stored all the same.
+    let _ = sender.send(outcome);
+}
+
+fn weight(event: &Event) -> usize {
+    event.weight() + OVERHEAD
+}
+
+#[cfg(test)]
+#[path = "waiting_tests.rs"]
+mod tests;

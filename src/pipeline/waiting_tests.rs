@@ -1,0 +1,192 @@
+use chrono::Utc;
+use uuid::Uuid;
+
+use super::*;
+use crate::domain::event::{Arrival, Draft, FieldNames};
+
+fn event(site: u128, n: u32) -> Event {
+    let draft = Draft {
+        id: Some(n.to_string()),
+        url: Some("https://shop.example/".to_owned()),
+        session: Some("visit".to_owned()),
+        label: Some(n.to_string()),
+        ..Draft::default()
+    };
+    let names = FieldNames { url: "u", session: "sid" };
+    let site = SiteId::from_uuid(Uuid::from_u128(site));
+    Event::accept(site, draft, &Arrival::at(Utc::now()), names).expect("a whole draft")
+}
+
+fn room(batch: usize, events: usize) -> Arc<WaitingRoom> {
+    let bytes = events * weight(&event(1, 0));
+    Arc::new(WaitingRoom::new(PipelineConfig {
+        batch,
+        room_bytes: bytes,
+        patient_room_bytes: bytes,
+        ..PipelineConfig::default()
+    }))
+}
+
+fn said(batch: &Batch) -> Vec<(u128, u32)> {
+    let number = |event: &Event| event.label.as_deref().and_then(|label| label.parse().ok()).expect("the test's own");
+    batch.events.iter().map(|event| (event.site_id.as_uuid().as_u128(), number(event))).collect()
+}
+
+fn busy(batch: Batch) {
+    let outcomes = vec![Outcome::Unavailable(Unavailable::Database); batch.answers.len()];
+    batch.settle(outcomes);
+}
+
+#[tokio::test]
+async fn a_request_is_taken_as_a_whole_or_not_at_all_and_its_space_comes_back() {
+    let room = room(256, 100);
+    let request = |n: u32| (0..50).map(|at| event(1, n + at)).collect::<Vec<_>>();
+    let first = room.take(request(0)).expect("there is space");
+    assert_eq!(room.take(request(100)).map(|taken| taken.len()), Err(Unavailable::Busy));
+    // Of two sites one has no space: neither is taken.
+    let mixed = [request(200), (0..5).map(|n| event(2, n)).collect()].concat();
+    assert_eq!(room.take(mixed).map(|taken| taken.len()), Err(Unavailable::Busy));
+    let quiet = room.take(vec![event(2, 7)]).expect("another site");
+    let batch = room.batch().await.expect("it is open");
+    assert_eq!(batch.events.len(), 51);
+    assert_eq!(
+        room.take(request(300)).map(|taken| taken.len()),
+        Err(Unavailable::Busy),
+        "what is being written counts"
+    );
+    busy(batch);
+    for answer in first.into_iter().chain(quiet) {
+        assert_eq!(answer.await, Ok(Outcome::Unavailable(Unavailable::Database)));
+    }
+    let again = room.take(request(400)).expect("the space is free again");
+    // A writer that broke gives it back as well, and nobody waits for ever.
+    drop(room.batch().await);
+    assert!(again.into_iter().next().expect("fifty").await.is_err());
+    room.take(request(500)).expect("the space is free again");
+}
+
+#[tokio::test]
+async fn every_batch_has_the_quiet_site_and_stays_large() {
+    let room = room(256, 4000);
+    for n in 0..2000 {
+        room.take(vec![event(1, n)]).expect("there is space");
+    }
+    for round in 0..3 {
+        room.take(vec![event(2, round)]).expect("there is space");
+        let batch = room.batch().await.expect("it is open");
+        assert_eq!(batch.events.len(), 256);
+        let said = said(&batch);
+        assert_eq!(said.iter().filter(|(site, _)| *site == 2).collect::<Vec<_>>(), [&(2, round)]);
+        let flood: Vec<u32> = said.iter().filter(|(site, _)| *site == 1).map(|(_, n)| *n).collect();
+        assert!(flood.is_sorted(), "in the order of their coming: {flood:?}");
+        assert_eq!(room.pressure(), Pressure::High);
+        assert!(room.refuses(1_u128.to_site(), 2000) && !room.refuses(2_u128.to_site(), 100));
+        busy(batch);
+    }
+}
+
+#[tokio::test]
+async fn batches_that_take_too_long_become_smaller_and_large_again() {
+    let config =
+        PipelineConfig { patience: Duration::from_millis(200), room_bytes: 64 << 20, ..PipelineConfig::default() };
+    let room = Arc::new(WaitingRoom::new(config));
+    room.take((0..4000).map(|n| event(1, n)).collect()).expect("there is space");
+    let mut sizes = Vec::new();
+    for slow in [true, true, true, true, true, false, false, false, false, false] {
+        let batch = room.batch().await.expect("it is open");
+        sizes.push(batch.events.len());
+        if slow {
+            tokio::time::sleep(Duration::from_millis(120)).await;
+        }
+        busy(batch);
+    }
+    assert_eq!(sizes[..6], [256, 128, 64, 32, 16, 16]);
+    assert_eq!(sizes[6..], [32, 64, 128, 256]);
+}
+
+#[tokio::test]
+async fn who_waits_for_space_gets_it_in_turn_by_site() {
+    let room = room(100, 200);
+    let mut flood = tokio::task::JoinSet::new();
+    for n in 0..900 {
+        let room = room.clone();
+        flood.spawn(async move { room.take_patiently(event(1, n)).await.is_ok() });
+        tokio::task::yield_now().await;
+    }
+    let quiet = tokio::spawn({
+        let room = room.clone();
+        async move { room.take_patiently(event(2, 0)).await.is_ok() }
+    });
+    tokio::task::yield_now().await;
+    let (mut batches, mut order) = (0, Vec::new());
+    while order.len() < 901 {
+        let batch = room.batch().await.expect("it is open");
+        batches += 1;
+        let said = said(&batch);
+        if said.contains(&(2, 0)) {
+            assert!(batches <= 3, "the quiet site was written in batch {batches}");
+        }
+        order.extend(said);
+        busy(batch);
+        tokio::task::yield_now().await;
+    }
+    assert!(quiet.await.expect("no panic"));
+    assert!(flood.join_all().await.into_iter().all(|taken| taken));
+    order.retain(|(site, _)| *site == 1);
+    assert_eq!(order, (0..900).map(|n| (1, n)).collect::<Vec<_>>(), "all, once, in order");
+}
+
+#[tokio::test]
+async fn who_waits_too_long_for_a_writer_is_told_and_who_is_patient_is_not() {
+    let room = room(10, 100);
+    let hurried = room.take(vec![event(1, 0), event(1, 1)]).expect("there is space");
+    let patient = room.take_patiently(event(1, 2)).await.expect("there is space");
+    room.send_away(Duration::from_secs(60));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    room.send_away(Duration::from_millis(5));
+    for answer in hurried {
+        assert_eq!(answer.await, Ok(Outcome::Unavailable(Unavailable::Busy)));
+    }
+    let batch = room.batch().await.expect("it is open");
+    assert_eq!(said(&batch), [(1, 2)]);
+    busy(batch);
+    patient.await.expect("it was settled");
+    assert_eq!(room.inside().room.counted(usize::MAX), 50 * weight(&event(1, 0)));
+    assert!(room.inside().room.admits(1_u128.to_site(), 50 * weight(&event(1, 0))), "their space is free");
+}
+
+trait ToSite {
+    fn to_site(self) -> SiteId;
+}
+
+impl ToSite for u128 {
+    fn to_site(self) -> SiteId {
+        SiteId::from_uuid(Uuid::from_u128(self))
+    }
+}
+
+#[tokio::test]
+async fn closed_it_takes_nothing_and_gives_out_what_it_took() {
+    let room = room(10, 10);
+    let taken = room.take(vec![event(1, 0)]).expect("there is space");
+    let mut asking = tokio::task::JoinSet::new();
+    for n in 0..30 {
+        let room = room.clone();
+        asking.spawn(async move { room.take_patiently(event(1, n)).await.map(drop) });
+        tokio::task::yield_now().await;
+    }
+    room.close();
+    assert_eq!(room.take(vec![event(1, 9)]).map(drop), Err(Unavailable::Stopping));
+    assert_eq!(room.take_patiently(event(1, 9)).await.map(drop), Err(Unavailable::Stopping));
+    let mut written = 0;
+    while let Some(batch) = room.batch().await {
+        written += batch.events.len();
+        busy(batch);
+    }
+    assert!(room.batch().await.is_none(), "every writer is told");
+    let told = asking.join_all().await;
+    let in_time = told.iter().filter(|taken| taken.is_ok()).count();
+    assert_eq!((written, told.len()), (1 + in_time, 30));
+    assert!(in_time >= 9 && told.contains(&Err(Unavailable::Stopping)), "{told:?}");
+    assert!(taken.into_iter().next().expect("one").await.is_ok());
+}
