@@ -7,8 +7,8 @@
 //!                      full: wait
 //! ```
 //!
-//! What is waiting when a writer becomes free is its batch: an idle server writes single events at once, a busy one
-//! writes large batches, and nobody waits for a timer. The rooms are counted in bytes, so memory stays flat.
+//! What is waiting when nothing is being written is the next batch: an idle server writes single events at once, a busy one writes large
+//! batches. A further writer begins beside the first when its batch is full, or after a moment. The rooms are counted in bytes, so memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
 //! Sites share it fairly. Each has a lane of its own (`queue.rs`) in which events keep the order of their coming, and gets its turn in

@@ -34,6 +34,9 @@ const ASKING_QUANTUM: usize = 16 << 10;
 const SMALLEST_ASKING: usize = 4 << 20;
 /// However slow the database is, a batch has room for so many events.
 const SMALLEST_BATCH: usize = 16;
+/// While a batch is being written, the next one gathers for this long, unless it is full before or nothing is being written any more. Half as many
+/// batches of twice the size cost the database far less, and are less in each other's way; where it is far away, its writers still overlap.
+const GATHERING: Duration = Duration::from_millis(20);
 /// What an event costs beside itself while it waits: its place, its answer, and what its caller keeps of it.
 const OVERHEAD: usize = 512;
 
@@ -65,6 +68,12 @@ pub(super) struct WaitingRoom {
 
 struct Inside {
     queue: FairQueue<SiteId, Box<Waiting>>,
+    /// How many are in the queue, their bytes, and since when a batch gathers in it.
+    queued: usize,
+    queued_bytes: usize,
+    gathering: Option<Instant>,
+    /// Batches that were taken and are not settled.
+    writing: usize,
     room: Room<SiteId>,
     patient: Room<SiteId>,
     asking: FairQueue<SiteId, Asking>,
@@ -80,6 +89,15 @@ struct Written {
     bytes: usize,
     took: Duration,
     full: bool,
+}
+
+/// When the next batch is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Now,
+    At(Instant),
+    /// Nothing waits.
+    Never,
 }
 
 /// Space that was taken.
@@ -109,6 +127,10 @@ impl WaitingRoom {
     pub fn new(config: PipelineConfig) -> Self {
         let inside = Inside {
             queue: FairQueue::new(QUANTUM),
+            queued: 0,
+            queued_bytes: 0,
+            gathering: None,
+            writing: 0,
             room: Room::of(config.room_bytes),
             patient: Room::of(config.patient_room_bytes),
             asking: FairQueue::new(ASKING_QUANTUM),
@@ -164,6 +186,7 @@ impl WaitingRoom {
         }
         sites.iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
         let since = Instant::now();
+        let gathers_anew = inside.gathering.is_none();
         let receivers = events.into_iter().zip(weights).map(|(event, weight)| {
             let (answer, receiver) = oneshot::channel();
             inside.seat(Waiting { event, counted: weight, since, patient: false, answer });
@@ -171,8 +194,11 @@ impl WaitingRoom {
         });
         let receivers = receivers.collect();
         self.look(&inside);
+        let ring = gathers_anew || inside.due(&self.config) == Due::Now;
         drop(inside);
-        self.bell.notify_one();
+        if ring {
+            self.bell.notify_one();
+        }
         Ok(receivers)
     }
 
@@ -208,25 +234,34 @@ impl WaitingRoom {
         Ok(receiver)
     }
 
-    /// The next batch, as soon as anything waits. None: the room is closed and empty.
+    /// The next batch, as soon as it is due. None: the room is closed and empty.
     pub async fn batch(self: &Arc<Self>) -> Option<Batch> {
         loop {
             let rung = self.bell.notified();
-            let (batch, more) = {
+            let (batch, due) = {
                 let mut inside = self.inside();
                 if inside.queue.is_empty() && inside.closed {
                     // The others want to know as well.
                     self.bell.notify_one();
                     return None;
                 }
-                (self.gather(&mut inside), !inside.queue.is_empty())
+                let batch = match inside.due(&self.config) {
+                    Due::Now => self.gather(&mut inside),
+                    Due::At(_) | Due::Never => None,
+                };
+                (batch, inside.due(&self.config))
             };
-            if more {
-                self.bell.notify_one();
-            }
-            match batch {
-                Some(batch) => return Some(batch),
-                None => rung.await,
+            match (batch, due) {
+                (Some(batch), due) => {
+                    // Somebody else has to see to what is left.
+                    if due != Due::Never {
+                        self.bell.notify_one();
+                    }
+                    return Some(batch);
+                }
+                (None, Due::At(at)) => drop(tokio::time::timeout_at(at.into(), rung).await),
+                (None, Due::Now) => {}
+                (None, Due::Never) => rung.await,
             }
         }
     }
@@ -238,7 +273,9 @@ impl WaitingRoom {
             bytes += waiting.counted;
             taken.push(*waiting);
         }
+        inside.unqueued(taken.len(), bytes);
         let since = taken.iter().map(|waiting| waiting.since).min()?;
+        inside.writing += 1;
         let mut batch = Batch {
             events: Vec::with_capacity(taken.len()),
             since,
@@ -266,6 +303,7 @@ impl WaitingRoom {
             }
             let gone = inside.queue.remove_where(|waiting| !waiting.patient && waiting.since.elapsed() > longest);
             gone.iter().for_each(|(_, waiting)| inside.leave(waiting.place()));
+            inside.unqueued(gone.len(), gone.iter().map(|(_, waiting)| waiting.counted).sum());
             self.look(&inside);
             gone
         };
@@ -285,6 +323,7 @@ impl WaitingRoom {
 
     fn settle(&self, places: &[Place], written: Option<Written>) {
         let mut inside = self.inside();
+        inside.writing -= 1;
         if let Some(written) = written {
             inside.room.wrote(written.bytes, written.took, self.config.writers.max(1), written.full);
             inside.fit_batches(&written, &self.config);
@@ -316,7 +355,26 @@ impl Inside {
         let site = waiting.event.site_id;
         let room = if waiting.patient { &mut self.patient } else { &mut self.room };
         room.enter(site, waiting.counted);
+        (self.queued, self.queued_bytes) = (self.queued + 1, self.queued_bytes + waiting.counted);
+        self.gathering.get_or_insert_with(Instant::now);
         self.queue.push(site, waiting.counted, Box::new(waiting));
+    }
+
+    /// So many have left the queue.
+    fn unqueued(&mut self, events: usize, bytes: usize) {
+        (self.queued, self.queued_bytes) = (self.queued - events, self.queued_bytes - bytes);
+        self.gathering = (self.queued > 0).then(Instant::now);
+    }
+
+    /// When the next batch is to be taken.
+    fn due(&self, config: &PipelineConfig) -> Due {
+        match self.gathering {
+            None => Due::Never,
+            Some(_) if self.closed || self.writing == 0 => Due::Now,
+            Some(_) if self.queued >= self.batch || self.queued_bytes >= config.batch_bytes => Due::Now,
+            Some(since) if since.elapsed() >= GATHERING => Due::Now,
+            Some(since) => Due::At(since + GATHERING),
+        }
     }
 
     fn leave(&mut self, place: Place) {

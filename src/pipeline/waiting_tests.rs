@@ -190,3 +190,33 @@ async fn closed_it_takes_nothing_and_gives_out_what_it_took() {
     assert!(in_time >= 9 && told.contains(&Err(Unavailable::Stopping)), "{told:?}");
     assert!(taken.into_iter().next().expect("one").await.is_ok());
 }
+
+#[tokio::test]
+async fn while_a_batch_is_written_the_next_one_gathers_until_it_is_full_or_its_moment_has_passed() {
+    let room = room(4, 100);
+    let request = |n: u32, events: u32| (0..events).map(|at| event(1, n + at)).collect::<Vec<_>>();
+    room.take(request(0, 1)).expect("there is space");
+    let first = room.batch().await.expect("an idle server waits for nothing");
+
+    room.take(request(10, 3)).expect("there is space");
+    let early = tokio::time::timeout(GATHERING / 4, room.batch()).await;
+    assert!(early.is_err(), "three of four, and somebody is writing");
+    room.take(request(20, 1)).expect("there is space");
+    let full = room.batch().await.expect("it is full");
+    assert_eq!(full.events.len(), 4);
+
+    room.take(request(30, 2)).expect("there is space");
+    let since = Instant::now();
+    let late = room.batch().await.expect("its moment has passed");
+    assert!(since.elapsed() >= GATHERING / 2, "{:?}", since.elapsed());
+    assert_eq!(late.events.len(), 2);
+
+    room.take(request(40, 2)).expect("there is space");
+    let next = tokio::spawn({
+        let room = room.clone();
+        async move { room.batch().await.map(|batch| batch.events.len()) }
+    });
+    tokio::task::yield_now().await;
+    [first, full, late].into_iter().for_each(busy);
+    assert_eq!(next.await.expect("no panic"), Some(2), "nobody writes any more");
+}
