@@ -106,7 +106,7 @@ impl Nats {
             }
             nats.look().await
         });
-        let first = looked.await.unwrap_or_else(|_| nats.not_connected());
+        let (first, _) = looked.await.unwrap_or_else(|_| (nats.not_connected(), None));
         if let Status::Unfit(why) = first {
             return Err(NatsSetupError::Unfit(why));
         }
@@ -154,18 +154,20 @@ impl Nats {
         Status::Away(why.unwrap_or_else(|| "no connection".to_owned()))
     }
 
-    async fn look(&self) -> Status {
+    /// The status, and the oldest event if it is stranded.
+    async fn look(&self) -> (Status, Option<u64>) {
         if !self.is_connected() {
-            return self.not_connected();
+            return (self.not_connected(), None);
         }
         match stream::look(&self.jetstream, &self.config).await {
             Ok(load) => {
                 metrics::gauge!(telemetry::NATS_STREAM_BYTES).set(load.bytes as f64);
                 metrics::gauge!(telemetry::NATS_LAG_EVENTS).set(load.waiting as f64);
                 metrics::gauge!(telemetry::NATS_UNACKNOWLEDGED_EVENTS).set(load.under_way as f64);
-                if load.is_full(*self.status.borrow() == Status::Full) { Status::Full } else { Status::Ready }
+                let full = load.is_full(*self.status.borrow() == Status::Full);
+                (if full { Status::Full } else { Status::Ready }, load.stranded)
             }
-            Err(obstacle) => obstacle.into(),
+            Err(obstacle) => (obstacle.into(), None),
         }
     }
 
@@ -185,13 +187,24 @@ impl Nats {
     }
 
     async fn keep_looking(self, stop: CancellationToken) {
+        let mut stranded_before = None;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = sleep(LOOK_EVERY) => {}
             }
-            let status = self.look().await;
+            let (status, stranded) = self.look().await;
             self.now(status);
+            // One look may fall between an acknowledgement and what it does.
+            if stranded.is_some() && stranded == stranded_before {
+                tracing::warn!(nats.stream = %self.config.stream, "acknowledged events are still in the stream; all in it are handed out again");
+                if let Err(obstacle) = stream::hand_out_again(&self.jetstream, &self.config).await {
+                    self.now(obstacle.into());
+                }
+                stranded_before = None;
+            } else {
+                stranded_before = stranded;
+            }
         }
     }
 }

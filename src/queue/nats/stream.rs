@@ -51,6 +51,8 @@ pub(super) struct Load {
     pub under_way: usize,
     /// Of the bounds, how much is used.
     used: f64,
+    /// The oldest event, if the consumer counts it as acknowledged and will not hand it out again.
+    pub stranded: Option<u64>,
 }
 
 impl Load {
@@ -97,8 +99,20 @@ pub(super) async fn look(jetstream: &Context, config: &NatsConfig) -> Result<Loa
         let name = &config.stream;
         return Err(Obstacle::Unfit(format!("the consumer `{CONSUMER}` of the stream `{name}` {fault}")));
     }
-    let (waiting, under_way) = (workers.num_pending, workers.num_ack_pending);
-    Ok(Load { bytes: info.state.bytes, waiting, under_way, used: used(info) })
+    let (waiting, under_way, oldest) = (workers.num_pending, workers.num_ack_pending, info.state.first_sequence);
+    let stranded = info.state.messages > 0 && oldest <= workers.ack_floor.stream_sequence;
+    Ok(Load { bytes: info.state.bytes, waiting, under_way, used: used(info), stranded: stranded.then_some(oldest) })
+}
+
+/// Has everything in the stream handed out again, by a consumer that begins anew.
+///
+/// A NATS that was killed may have forgotten that an event left the stream, and remember that it was acknowledged: such an event would take
+/// up room for ever. Nothing depends on the consumer's memory: a work queue keeps events without one, and a second copy changes nothing.
+pub(super) async fn hand_out_again(jetstream: &Context, config: &NatsConfig) -> Result<(), Obstacle> {
+    let away = |error: &dyn std::fmt::Display| Obstacle::Away(error.to_string());
+    let stream = jetstream.get_stream(&config.stream).await.map_err(|error| away(&error))?;
+    stream.delete_consumer(CONSUMER).await.map_err(|error| away(&error))?;
+    consumer(&stream, config).await.map(drop)
 }
 
 fn used(info: &Info) -> f64 {
@@ -319,7 +333,7 @@ mod tests {
 
     #[test]
     fn a_full_stream_has_room_again_only_when_some_is_gone() {
-        let load = |used| Load { bytes: 0, waiting: 0, under_way: 0, used };
+        let load = |used| Load { bytes: 0, waiting: 0, under_way: 0, used, stranded: None };
         let told = |used, was_full| load(used).is_full(was_full);
         assert_eq!(
             [told(0.89, false), told(0.9, false), told(0.85, true), told(0.79, true)],

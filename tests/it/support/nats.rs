@@ -19,12 +19,29 @@ pub struct NatsServer {
     found: PathBuf,
     folder: PathBuf,
     port: u16,
+    tls: bool,
     program: Option<Program>,
 }
 
 impl NatsServer {
     /// One that runs; none where there can be none, which has been said by then.
     pub async fn start() -> Option<Self> {
+        let mut server = Self::found().await?;
+        server.restart().await;
+        Some(server)
+    }
+
+    /// One that speaks TLS only, with this certificate and key.
+    pub async fn with_tls(certificate: &str, key: &str) -> Option<Self> {
+        let mut server = Self::found().await?;
+        server.tls = true;
+        std::fs::write(server.folder.join("certificate.pem"), certificate).expect("a folder of ours");
+        std::fs::write(server.folder.join("key.pem"), key).expect("a folder of ours");
+        server.restart().await;
+        Some(server)
+    }
+
+    async fn found() -> Option<Self> {
         let required = tokio::task::spawn_blocking(|| require(Tool::NatsServer)).await.expect("no panic");
         let found = match required {
             Ok(found) => found.path,
@@ -34,9 +51,14 @@ impl NatsServer {
             }
         };
         let name = format!("opsmantik-nats-{}", uuid::Uuid::new_v4().simple());
-        let mut server = Self { found, folder: std::env::temp_dir().join(name), port: 0, program: None };
-        server.restart().await;
-        Some(server)
+        let folder = std::env::temp_dir().join(name);
+        std::fs::create_dir(&folder).expect("a folder of our own");
+        Some(Self { found, folder, port: 0, tls: false, program: None })
+    }
+
+    /// The file of its certificate.
+    pub fn certificate(&self) -> String {
+        self.folder.join("certificate.pem").display().to_string()
     }
 
     /// Begins on the port and the files that it had, if it had any.
@@ -46,6 +68,14 @@ impl NatsServer {
         command
             .args(["-js", "-a", "127.0.0.1", "-p", &port, "--user", "om", "--pass", PASSWORD, "-sd"])
             .arg(&self.folder);
+        if self.tls {
+            command
+                .arg("--tls")
+                .arg("--tlscert")
+                .arg(self.certificate())
+                .arg("--tlskey")
+                .arg(self.folder.join("key.pem"));
+        }
         let mut program = Program::of(command);
         let listens = |said: &str| {
             let ready = said.contains("Server is ready");
@@ -63,7 +93,8 @@ impl NatsServer {
     }
 
     pub fn url(&self) -> String {
-        format!("nats://om:{PASSWORD}@127.0.0.1:{}", self.port)
+        let scheme = if self.tls { "tls" } else { "nats" };
+        format!("{scheme}://om:{PASSWORD}@127.0.0.1:{}", self.port)
     }
 
     pub async fn jetstream(&self) -> jetstream::Context {
