@@ -9,7 +9,7 @@
 //! stream would lose events. A NATS that is away is looked for until it is back; nobody waits for it.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -164,11 +164,24 @@ impl Nats {
                 metrics::gauge!(telemetry::NATS_STREAM_BYTES).set(load.bytes as f64);
                 metrics::gauge!(telemetry::NATS_LAG_EVENTS).set(load.waiting as f64);
                 metrics::gauge!(telemetry::NATS_UNACKNOWLEDGED_EVENTS).set(load.under_way as f64);
+                if load.copies < 2 {
+                    self.warn_of_one_copy();
+                }
                 let full = load.is_full(*self.status.borrow() == Status::Full);
                 (if full { Status::Full } else { Status::Ready }, load.stranded)
             }
             Err(obstacle) => (obstacle.into(), None),
         }
+    }
+
+    fn warn_of_one_copy(&self) {
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            tracing::warn!(
+                nats.stream = %self.config.stream,
+                "one NATS server has the stream, and writes it to the disk now and then: a power cut may cost what it took last. NATS_REPLICAS=3 keeps three"
+            );
+        });
     }
 
     /// Notes the status, and says so once when it changes.

@@ -49,6 +49,8 @@ pub(super) struct Load {
     pub waiting: u64,
     /// Events that a worker has taken and not acknowledged yet.
     pub under_way: usize,
+    /// Copies of it, on as many servers.
+    pub copies: usize,
     /// Of the bounds, how much is used.
     used: f64,
     /// The oldest event, if the consumer counts it as acknowledged and will not hand it out again.
@@ -101,7 +103,14 @@ pub(super) async fn look(jetstream: &Context, config: &NatsConfig) -> Result<Loa
     }
     let (waiting, under_way, oldest) = (workers.num_pending, workers.num_ack_pending, info.state.first_sequence);
     let stranded = info.state.messages > 0 && oldest <= workers.ack_floor.stream_sequence;
-    Ok(Load { bytes: info.state.bytes, waiting, under_way, used: used(info), stranded: stranded.then_some(oldest) })
+    Ok(Load {
+        bytes: info.state.bytes,
+        waiting,
+        under_way,
+        copies: info.config.num_replicas,
+        used: used(info),
+        stranded: stranded.then_some(oldest),
+    })
 }
 
 /// Has everything in the stream handed out again, by a consumer that begins anew.
@@ -333,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_full_stream_has_room_again_only_when_some_is_gone() {
-        let load = |used| Load { bytes: 0, waiting: 0, under_way: 0, used, stranded: None };
+        let load = |used| Load { bytes: 0, waiting: 0, under_way: 0, copies: 1, used, stranded: None };
         let told = |used, was_full| load(used).is_full(was_full);
         assert_eq!(
             [told(0.89, false), told(0.9, false), told(0.85, true), told(0.79, true)],
