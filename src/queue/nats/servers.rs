@@ -30,7 +30,7 @@ impl Servers {
         for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
             let mut url = Url::parse(part).map_err(|_| "it is no URL; it begins with nats:// or tls://")?;
             if !matches!(url.scheme(), "nats" | "tls") {
-                return Err("its scheme is neither nats nor tls");
+                return Err("it begins with neither nats:// nor tls://");
             }
             if url.host_str().is_none_or(str::is_empty) {
                 return Err("it names no host");
@@ -48,7 +48,7 @@ impl Servers {
             let cleared = url.set_username("").and_then(|()| url.set_password(None));
             cleared.map_err(|()| "it names no host")?;
             schemes.push(url.scheme() == "tls");
-            addresses.push(ServerAddr::from_url(url).map_err(|_| "its scheme is neither nats nor tls")?);
+            addresses.push(ServerAddr::from_url(url).map_err(|_| "it begins with neither nats:// nor tls://")?);
         }
         let tls = schemes.contains(&true);
         match schemes.first() {
@@ -116,7 +116,7 @@ mod tests {
         for (text, complaint) in [
             ("", "names no server"),
             ("a.example:4222", "nats://"),
-            ("http://a.example", "scheme"),
+            ("http://a.example", "neither nats:// nor tls://"),
             ("nats://u:secret@a, nats://u:other@b", "different logins"),
             ("nats://a, tls://b", "mixes"),
             ("nats://:secret@a", "no user"),
