@@ -13,6 +13,7 @@ use crate::access::jwks::JwksConfig;
 use crate::calls::caller_key::CallerKey;
 use crate::grpc::{Protection, TlsFiles};
 use crate::http::signature::{self, Verifier};
+use crate::queue::nats::{NatsConfig, Servers};
 use crate::queue::qstash::QstashConfig;
 use crate::secret::Secret;
 
@@ -93,9 +94,15 @@ pub struct Settings {
     )]
     pub trusted_proxies: Proxies,
 
-    /// Who owns an event between the edge and the tables: `inline` answers once it is committed, `qstash` once QStash has it
+    /// Who owns an event between the edge and the tables: `inline` answers once it is committed, `qstash` once QStash has it, `nats` once
+    /// a JetStream stream has it
     #[arg(long, env = "QUEUE", value_name = "QUEUE", default_value = "inline")]
     pub queue: Queue,
+
+    /// What of the server runs here: `edge` is the public listener and gRPC, `worker` stores what is in the stream and keeps the months, `all`
+    /// is both. Edges and workers need QUEUE=nats between them
+    #[arg(long, env = "ROLE", value_name = "ROLE", default_value = "all")]
+    pub role: Role,
 
     /// Where the internet reaches this server, `https://collect.example.com`. QStash delivers to it and signs for it
     #[arg(long, env = "PUBLIC_URL", value_name = "PUBLIC_URL")]
@@ -117,6 +124,26 @@ pub struct Settings {
     #[arg(long, env = "QSTASH_NEXT_SIGNING_KEY", hide_env_values = true, value_name = "QSTASH_NEXT_SIGNING_KEY")]
     pub qstash_next_signing_key: Option<Secret>,
 
+    /// NATS with JetStream: `nats://user:password@host:4222` or `tls://…`, several servers of one cluster separated by commas
+    #[arg(long, env = "NATS_URL", hide_env_values = true, value_name = "NATS_URL")]
+    pub nats_url: Option<Secret>,
+
+    /// Credentials file for NATS, instead of a login in NATS_URL
+    #[arg(long, env = "NATS_CREDENTIALS", value_name = "NATS_CREDENTIALS")]
+    pub nats_credentials: Option<String>,
+
+    /// The stream's name, of letters, digits, `-` and `_`; its subjects are `NAME.events.SITE`. It is made if it is missing
+    #[arg(long, env = "NATS_STREAM", value_name = "NATS_STREAM", default_value = "opsmantik")]
+    pub nats_stream: String,
+
+    /// Copies of the stream on as many NATS servers when it is made; at least so many when it is there already
+    #[arg(long, env = "NATS_REPLICAS", value_name = "NATS_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=5))]
+    pub nats_replicas: u8,
+
+    /// Bytes that may wait in the stream when it is made. Nothing is deleted beyond: edges then store directly, or answer 503
+    #[arg(long, env = "NATS_MAX_BYTES", value_name = "NATS_MAX_BYTES", default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1 << 20..=1 << 50))]
+    pub nats_max_bytes: u64,
+
     /// Secret of Supabase's HS256 JWTs, as text, at least 32 bytes. Signed-in people may then read by gRPC
     #[arg(long, env = "SUPABASE_JWT_SECRET", hide_env_values = true, value_name = "SUPABASE_JWT_SECRET")]
     pub supabase_jwt_secret: Option<Secret>,
@@ -135,6 +162,15 @@ pub struct Settings {
 pub enum Queue {
     Inline,
     Qstash,
+    Nats,
+}
+
+/// What of the server runs in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Role {
+    All,
+    Edge,
+    Worker,
 }
 
 /// For whom the server runs: a few things are fine on a developer's machine only.
@@ -203,7 +239,20 @@ impl Settings {
         self.verifier(mode)?;
         self.caller_key()?;
         self.users()?;
-        self.qstash(mode).map(drop)
+        self.qstash(mode)?;
+        self.nats()?;
+        match self.role {
+            Role::All => Ok(()),
+            Role::Edge | Role::Worker if mode == Mode::Dev => {
+                Err(ConfigError::Invalid("ROLE", "dev runs everything in one process"))
+            }
+            Role::Edge | Role::Worker if self.queue != Queue::Nats => {
+                let why =
+                    "only QUEUE=nats brings events from an edge to a worker; otherwise every server is both, ROLE=all";
+                Err(ConfigError::Invalid("ROLE", why))
+            }
+            Role::Edge | Role::Worker => Ok(()),
+        }
     }
 
     /// Whose JWTs are taken.
@@ -302,6 +351,28 @@ impl Settings {
         Ok(Some(QstashConfig { url: base_url("QSTASH_URL", url)?, token, destination }))
     }
 
+    /// Where NATS is and how its stream is made; none if the queue is another one.
+    pub fn nats(&self) -> Result<Option<NatsConfig>, ConfigError> {
+        if self.queue != Queue::Nats {
+            return Ok(None);
+        }
+        let why = "QUEUE is nats, which is found by it: nats://user:password@host:4222";
+        let url = revealed(self.nats_url.as_ref()).ok_or(ConfigError::Missing("NATS_URL", why))?;
+        let servers = Servers::parse(url).map_err(|why| ConfigError::Invalid("NATS_URL", why))?;
+        let credentials = set(self.nats_credentials.as_deref()).map(Into::into);
+        if credentials.is_some() && servers.have_login() {
+            return Err(ConfigError::Invalid("NATS_CREDENTIALS", "NATS_URL has a login, and there can be one only"));
+        }
+        let stream = self.nats_stream.trim();
+        if stream.is_empty() || !stream.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')) {
+            return Err(ConfigError::Invalid("NATS_STREAM", "a stream's name has letters, digits, - and _ only"));
+        }
+        let max_bytes = i64::try_from(self.nats_max_bytes)
+            .map_err(|_| ConfigError::Invalid("NATS_MAX_BYTES", "no disk has so many bytes"))?;
+        let replicas = usize::from(self.nats_replicas);
+        Ok(Some(NatsConfig { servers, credentials, stream: stream.to_owned(), replicas, max_bytes }))
+    }
+
     /// Where QStash delivers to, and what it signs as the subject.
     fn worker_url(&self) -> Result<String, ConfigError> {
         let missing = ConfigError::Missing("PUBLIC_URL", "QStash delivers to it and signs for it, https://your.host");
@@ -342,111 +413,4 @@ fn base_url(name: &'static str, text: &str) -> Result<String, ConfigError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    #[derive(Debug, Parser)]
-    struct Line {
-        #[command(flatten)]
-        settings: Settings,
-    }
-
-    fn settings(flags: &[&str]) -> Settings {
-        Line::try_parse_from(["x"].iter().chain(flags)).expect("flags of a test").settings
-    }
-
-    const QSTASH: [&str; 4] =
-        ["--queue=qstash", "--public-url=https://c.example/", "--qstash-token=t0p", "--qstash-current-signing-key=k3y"];
-
-    #[test]
-    fn what_is_missing_is_named() {
-        let error = |flags: &[&str], mode| settings(flags).check(mode).err().map(|error| error.to_string());
-        assert_eq!(error(&[], Mode::Dev), None);
-        assert!(error(&["--database-url="], Mode::Serve).is_some_and(|e| e.starts_with("DATABASE_URL is not set")));
-        assert_eq!(error(&QSTASH, Mode::Dev), None);
-        for (left_out, name) in [(1, "PUBLIC_URL"), (2, "QSTASH_TOKEN"), (3, "QSTASH_CURRENT_SIGNING_KEY")] {
-            let flags: Vec<&str> = (0..4).filter(|i| *i != left_out).map(|i| QSTASH[i]).collect();
-            assert!(error(&flags, Mode::Dev).is_some_and(|e| e.starts_with(&format!("{name} is not set"))), "{name}");
-        }
-        let wrong = error(&["--qstash-current-signing-key=k", "--public-url=c.example"], Mode::Dev);
-        assert!(wrong.is_some_and(|e| e.starts_with("PUBLIC_URL is wrong")));
-        let wrong = error(&[QSTASH[0], QSTASH[1], QSTASH[3], "--qstash-token=t\u{fc}"], Mode::Dev);
-        assert!(wrong.is_some_and(|e| e.starts_with("QSTASH_TOKEN is wrong") && !e.contains('\u{fc}')));
-    }
-
-    #[test]
-    fn grpc_has_tls_plaintext_by_order_or_loopback_alone() {
-        let protection = |flags: &[&str]| settings(flags).grpc_protection(Mode::Serve);
-        let (cert, key, ca) = ("--grpc-tls-cert=/c", "--grpc-tls-key=/k", "--grpc-tls-client-ca=/a");
-        assert_eq!(protection(&["--grpc-tls-cert=", "--grpc-plaintext="]), Ok(Protection::Loopback));
-        assert_eq!(protection(&["--grpc-plaintext"]), Ok(Protection::Elsewhere));
-        assert_eq!(protection(&["--grpc-plaintext=false"]), Ok(Protection::Loopback));
-        for (flags, client_ca) in [(vec![cert, key], None), (vec![cert, key, ca], Some("/a".into()))] {
-            let files = TlsFiles { cert: "/c".into(), key: "/k".into(), client_ca };
-            assert_eq!(protection(&flags), Ok(Protection::Tls(files)));
-            assert_eq!(settings(&flags).grpc_protection(Mode::Dev), Ok(Protection::Loopback));
-        }
-        for (flags, complaint) in [
-            (vec![cert], "GRPC_TLS_KEY is not set"),
-            (vec![key, ca], "GRPC_TLS_CERT is not set"),
-            (vec![ca], "GRPC_TLS_CERT is not set"),
-            (vec![cert, key, "--grpc-plaintext"], "GRPC_PLAINTEXT is wrong"),
-        ] {
-            let error = protection(&flags).expect_err("they do not go together").to_string();
-            assert!(error.starts_with(complaint), "{flags:?}: {error}");
-        }
-        let typed = Line::try_parse_from(["x", "--grpc-plaintext=ture"]).expect_err("a slip").to_string();
-        assert!(typed.contains("GRPC_PLAINTEXT") || typed.contains("--grpc-plaintext"), "{typed}");
-    }
-
-    #[test]
-    fn the_keys_everybody_knows_are_for_developers() {
-        for flag in ["current", "next"] {
-            let key = format!("--qstash-{flag}-signing-key=sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r");
-            let settings = settings(&["--database-url=x", "--public-url=https://c.example", &key]);
-            assert!(matches!(settings.check(Mode::Serve), Err(ConfigError::DevelopmentKey(_))), "{flag}");
-            assert_eq!(settings.check(Mode::Dev), Ok(()));
-        }
-    }
-
-    #[test]
-    fn people_are_let_in_only_by_a_long_secret_or_keys_that_nobody_can_swap() {
-        let long = format!("--supabase-jwt-secret={}", "s".repeat(32));
-        let users = |flag: &str| settings(&[flag]).users();
-        assert!(users("--supabase-jwt-secret=").is_ok_and(|users| users.secret.is_none() && users.jwks.is_none()));
-        assert!(users(&long).is_ok_and(|users| users.secret.is_some()));
-        let short = settings(&[&long[..long.len() - 1]]).check(Mode::Dev).map_err(|error| error.to_string());
-        assert!(short.is_err_and(|error| error.starts_with("SUPABASE_JWT_SECRET is wrong") && !error.contains("ss")));
-        for good in
-            ["https://x.supabase.co/auth/v1/jwks?a=1", "http://127.0.0.1:1/k", "http://[::1]/k", "http://localhost/"]
-        {
-            assert!(users(&format!("--supabase-jwks-url={good}")).is_ok_and(|users| users.jwks.is_some()), "{good}");
-        }
-        for bad in
-            ["http://x.supabase.co/k", "http://127.0.0.1.x.example/", "ftp://localhost/", "x", "https://u:p@x.example/"]
-        {
-            let refused = users(&format!("--supabase-jwks-url={bad}")).map(drop).map_err(|error| error.to_string());
-            assert!(refused.is_err_and(|error| error.starts_with("SUPABASE_JWKS_URL is wrong")), "{bad}");
-        }
-    }
-
-    #[test]
-    fn the_destination_has_one_slash_whatever_public_url_ends_with() {
-        for public in ["https://c.example", "https://c.example/", "https://c.example//"] {
-            let settings = settings(&[QSTASH[0], QSTASH[2], QSTASH[3], "--public-url", public]);
-            let config = settings.qstash(Mode::Dev).ok().flatten();
-            assert_eq!(config.map(|c| c.destination), Some("https://c.example/api/sync/worker".to_owned()));
-        }
-    }
-
-    #[test]
-    fn secrets_are_not_shown_and_proxies_are_networks() {
-        let shown = format!("{:?}", settings(&QSTASH));
-        assert!(!shown.contains("t0p") && !shown.contains("k3y"), "{shown}");
-        let proxies = settings(&["--trusted-proxies=10.0.0.0/8, ::1"]).trusted_proxies.0;
-        assert_eq!(proxies.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.0/8", "::1/128"]);
-        let wrong = Line::try_parse_from(["x", "--trusted-proxies=all"]).expect_err("not a network").to_string();
-        assert!(wrong.contains("TRUSTED_PROXIES") && wrong.contains("`all`"), "{wrong}");
-    }
-}
+mod tests;

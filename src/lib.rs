@@ -9,7 +9,7 @@
 //! | [`grpc`] | the internal door: typed services |
 //! | [`access`] | who is behind a bearer token |
 //! | [`directory`] | which sites exist and which origins they allow, cached |
-//! | [`queue`] | who owns an event before the pipeline: nobody (inline) or QStash |
+//! | [`queue`] | who owns an event before the pipeline: nobody (inline), QStash or NATS |
 //! | [`pipeline`] | batching: from accepted events to outcomes |
 //! | [`calls`] | from pushes to matched calls; again, when something late arrives |
 //! | [`feed`] | the change feed: PostgreSQL's log, read once a server and told to everybody who watches |

@@ -1,7 +1,8 @@
 //! The running server: wires the pieces together and takes them apart again in the right order.
 //!
-//! On stop the doors close first and finish what they took, the change feed's connection with them, then the pipeline writes what is waiting, then the keeper and the health task end. Whatever
-//! was answered as stored is committed by then.
+//! A [`Server`] has the doors, and beside them what stores: alone (`ROLE=all`), or as an edge in front of [`Worker`]s. On stop the doors
+//! close first and finish what they took, the change feed's connection with them, then nothing more is fetched from the queue and the pipeline
+//! writes what is waiting, then the keeper and the health task end. Whatever was answered as stored is committed by then.
 
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
@@ -16,11 +17,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::Gate;
 use crate::calls::{self, Calls};
-use crate::config::{Mode, Settings};
+use crate::config::{Mode, Role, Settings};
 use crate::directory::Directory;
 use crate::feed::{Feed, FeedOptions};
 use crate::grpc::{self, Certificates, GrpcState, Health};
-use crate::http::admin::{AdminState, admin_router};
+use crate::http::admin::{AdminState, QueueState, admin_router};
 use crate::http::client_address::TrustedProxies;
 use crate::http::limit::RateLimit;
 use crate::http::serve::{Limits, serve};
@@ -28,9 +29,13 @@ use crate::http::{self, BodyRoom, PublicState, public_router};
 use crate::keeper::{self, Nudge};
 use crate::pipeline::{Pipeline, PipelineConfig};
 use crate::queue::Transport;
+use crate::queue::nats::{self, Nats, NatsTransport};
 use crate::queue::qstash::QstashTransport;
 use crate::store::Store;
 use crate::telemetry;
+pub use worker::Worker;
+
+mod worker;
 
 /// Connections to the database: the writers', and some for look-ups, the keeper and readiness.
 const LOOK_UP_CONNECTIONS: u32 = 6;
@@ -66,13 +71,33 @@ pub struct Server {
     pipeline: Pipeline,
     feed: Feed,
     doors: Vec<JoinHandle<()>>,
+    fetching: Option<Fetching>,
     tasks: Vec<JoinHandle<()>>,
     close_doors: CancellationToken,
     end_tasks: CancellationToken,
 }
 
+/// What brings events from NATS to the pipeline.
+struct Fetching {
+    worker: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+impl Fetching {
+    fn start(worker: nats::Worker) -> Self {
+        let stop = CancellationToken::new();
+        Self { worker: tokio::spawn(worker.run(stop.clone())), stop }
+    }
+
+    /// Fetches nothing more, and finishes what was fetched.
+    async fn stop(self) {
+        self.stop.cancel();
+        log_end(self.worker.await);
+    }
+}
+
 impl Server {
-    /// Starts everything. `beside` is served on the public listener, too (the demo page of `dev`; empty otherwise).
+    /// Starts everything that has a door. `beside` is served on the public listener, too (the demo page of `dev`; empty otherwise).
     pub async fn start(
         settings: &Settings,
         mode: Mode,
@@ -90,12 +115,17 @@ impl Server {
         let connections = u32::try_from(config.writers)? + LOOK_UP_CONNECTIONS;
         let store = Store::new(database_url, connections).await?;
         let (close_doors, end_tasks) = (CancellationToken::new(), CancellationToken::new());
+        let nats = match settings.nats()? {
+            Some(config) => Some(Nats::start(config, end_tasks.clone()).await?),
+            None => None,
+        };
         let nudge = Nudge::default();
         let pipeline = Pipeline::start(store.clone(), nudge.clone(), config);
         let directory = Directory::new(store.clone());
-        let transport: Arc<dyn Transport> = match settings.qstash(mode)? {
-            Some(qstash) => Arc::new(QstashTransport::new(qstash, Arc::new(pipeline.clone()))?),
-            None => Arc::new(pipeline.clone()),
+        let transport: Arc<dyn Transport> = match (settings.qstash(mode)?, &nats) {
+            (Some(qstash), _) => Arc::new(QstashTransport::new(qstash, Arc::new(pipeline.clone()))?),
+            (None, Some(nats)) => Arc::new(NatsTransport::new(nats.clone(), Arc::new(pipeline.clone()))),
+            (None, None) => Arc::new(pipeline.clone()),
         };
         let public = public_router(PublicState {
             directory: directory.clone(),
@@ -111,13 +141,19 @@ impl Server {
         .merge(beside);
         let feed_url = settings.feed_database_url(mode);
         let feed = Feed::new(store.clone(), database_url, feed_url, FeedOptions::default(), &close_doors)?;
-        let admin = admin_router(AdminState { store: store.clone() }).layer(Extension(feed.clone()));
+        let mut admin = admin_router(AdminState { store: store.clone() }).layer(Extension(feed.clone()));
+        if let Some(nats) = &nats {
+            admin = admin.layer(Extension(QueueState { nats: nats.clone(), needed: false }));
+        }
 
         let (http_addr, admin_addr) = (listeners.http.local_addr()?, listeners.admin.local_addr()?);
         if settings.caller_key()?.is_none() {
             tracing::warn!("CALLER_KEY is not set, so no call can be recorded");
         }
         let gate = Gate::new(store.clone()).with_users(&settings.users()?)?;
+        let fetching = nats
+            .filter(|_| settings.role == Role::All)
+            .map(|nats| Fetching::start(nats::Worker::new(nats, pipeline.clone(), directory.clone(), store.clone())));
         let internal = GrpcState {
             pipeline: pipeline.clone(),
             directory,
@@ -138,13 +174,15 @@ impl Server {
                 }
             }),
         ];
-        let tasks = vec![
+        let mut tasks = vec![
             tokio::spawn(serve(listeners.admin, admin, Limits::default(), end_tasks.clone())),
-            tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())),
-            tokio::spawn(calls::sweep(store, end_tasks.clone())),
             tokio::spawn(telemetry::fold_samples(end_tasks.clone())),
             tokio::spawn(warn_of_feed(feed.clone())),
         ];
+        if settings.role == Role::All {
+            tasks.push(tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())));
+            tasks.push(tokio::spawn(calls::sweep(store, end_tasks.clone())));
+        }
         tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");
         Ok(Self {
             http_addr,
@@ -154,6 +192,7 @@ impl Server {
             pipeline,
             feed,
             doors,
+            fetching,
             tasks,
             close_doors,
             end_tasks,
@@ -175,6 +214,9 @@ impl Server {
             log_end(door.await);
         }
         self.feed.stopped().await;
+        if let Some(fetching) = self.fetching {
+            fetching.stop().await;
+        }
         self.pipeline.drain().await;
         self.end_tasks.cancel();
         for task in self.tasks {

@@ -30,6 +30,20 @@ pub const HTTP_REQUEST_SECONDS: &str = "opsmantik_http_request_seconds";
 pub const QSTASH_PUBLISHED_TOTAL: &str = "opsmantik_qstash_published_total";
 /// Events that went to the pipeline instead of QStash, by reason.
 pub const QSTASH_FELL_BACK_TOTAL: &str = "opsmantik_qstash_fell_back_total";
+/// Whether NATS has the stream and it takes events: 1 or 0.
+pub const NATS_READY: &str = "opsmantik_nats_ready";
+/// Events that NATS took.
+pub const NATS_PUBLISHED_TOTAL: &str = "opsmantik_nats_published_total";
+/// Events that went to the pipeline instead of NATS, by reason.
+pub const NATS_FELL_BACK_TOTAL: &str = "opsmantik_nats_fell_back_total";
+/// Deliveries by what became of them: `stored`, `buried`, `again`.
+pub const NATS_DELIVERIES_TOTAL: &str = "opsmantik_nats_deliveries_total";
+/// The lag: events in the stream that no worker has taken yet.
+pub const NATS_LAG_EVENTS: &str = "opsmantik_nats_lag_events";
+/// Events that workers have taken and not acknowledged yet.
+pub const NATS_UNACKNOWLEDGED_EVENTS: &str = "opsmantik_nats_unacknowledged_events";
+/// Bytes of the stream, which is bounded by NATS_MAX_BYTES.
+pub const NATS_STREAM_BYTES: &str = "opsmantik_nats_stream_bytes";
 /// Calls that ended on the gRPC listener, by rpc and status code; `cancelled` when the caller hung up.
 pub const GRPC_REQUESTS_TOTAL: &str = "opsmantik_grpc_requests_total";
 /// Seconds from the head of a call to the end of its answer, by rpc.
@@ -71,9 +85,12 @@ pub const FEED_CUT_OFF_TOTAL: &str = "opsmantik_feed_cut_off_total";
 /// Times that it began again after its connection broke.
 pub const FEED_RESTARTS_TOTAL: &str = "opsmantik_feed_restarts_total";
 
+/// All of ours, and no more of the NATS client than warnings: it reports each try to reach a server that is away, and we say once that it is.
+const QUIET_INFO: &str = "info,async_nats=warn";
+
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(QUIET_INFO));
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

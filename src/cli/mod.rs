@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, Mode, Settings};
+use crate::config::{ConfigError, Mode, Role, Settings};
 use crate::secret::Secret;
-use crate::server::{Listeners, Server, asked_to_stop, hang_ups};
+use crate::server::{Listeners, Server, Worker, asked_to_stop, hang_ups};
 use crate::store::Store;
 
 mod dead_letters;
@@ -24,7 +24,7 @@ struct CommandLine {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the server: the public /api/sync, the QStash worker, gRPC and the operator's listener
+    /// Run the server: the public /api/sync, the QStash worker, gRPC and the operator's listener; or a part of it, by --role
     Serve(Serve),
     /// Raise everything on this machine: a private PostgreSQL, the schema, a demo site and page, the server
     Dev(crate::dev::run::Dev),
@@ -98,6 +98,12 @@ impl Serve {
         let url = self.settings.database_url()?.to_owned();
         if self.migrate {
             Store::new(&url, 1).await?.migrate().await?;
+        }
+        if self.settings.role == Role::Worker {
+            let worker = Worker::start(&self.settings, &url).await?;
+            asked_to_stop(hang_ups, || ControlFlow::Continue(())).await?;
+            worker.stop().await;
+            return Ok(());
         }
         let listeners = Listeners::bind(&self.settings).await?;
         let server = Server::start(&self.settings, Mode::Serve, &url, listeners, axum::Router::new()).await?;

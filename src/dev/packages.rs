@@ -1,9 +1,11 @@
 //! Installs what the machine lacks, by the machine's own package manager.
 //!
 //! apt as root or by sudo, or Homebrew. It asks for a password only where somebody
-//! sits at a terminal. Where neither works, the error says what to type by hand.
+//! sits at a terminal. Where neither works, the error says what to type by hand. A package
+//! that would start a server for the whole machine can be unpacked instead, into a folder of ours.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 
@@ -30,6 +32,14 @@ shift
 # Where this fails (offline, or another update is under way) the lists may still do; apt-get install tells.
 apt-get update -o DPkg::Lock::Timeout="$lock" || echo 'apt-get update failed'
 apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout="$lock" "$@"
+"#;
+
+/// Fetches a package and unpacks it here. No maintainer's script of it runs, so nothing of it is started or enabled.
+const UNPACK_SCRIPT: &str = r#"
+set -e
+apt-get download "$1"
+dpkg-deb -x ./*.deb .
+rm -f ./*.deb
 "#;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -66,7 +76,7 @@ impl Packages {
     pub fn install(&self, progress: Progress) -> Result<(), InstallError> {
         let step = format!("installing {}", self.what);
         let failed = |source| InstallError::Failed { what: self.what, by_hand: self.by_hand(), source };
-        if runs("apt-get", &["--version"]) {
+        if Self::are_debians() {
             let mut command = match privilege(progress) {
                 Some(Privilege::Root) => Command::new("sh"),
                 Some(Privilege::Sudo) => {
@@ -85,6 +95,35 @@ impl Packages {
             return progress.run(&step, &mut command).map_err(failed);
         }
         Err(self.no_way())
+    }
+
+    /// Whether this machine's packages are Debian's.
+    pub(super) fn are_debians() -> bool {
+        runs("apt-get", &["--version"])
+    }
+
+    /// Unpacks the one Debian package of this name into a folder, as whoever we are.
+    pub(super) fn unpack(&self, package: &str, folder: &Path, progress: Progress) -> Result<(), InstallError> {
+        let unpack = || {
+            let mut command = Command::new("sh");
+            command.args(["-c", UNPACK_SCRIPT, "sh", package]).current_dir(folder);
+            progress.run(&format!("unpacking {}", self.what), &mut command)
+        };
+        let failed = |source| InstallError::Failed { what: self.what, by_hand: self.by_hand(), source };
+        let Err(error) = unpack() else { return Ok(()) };
+        // The lists of a fresh machine are empty.
+        let mut update = match privilege(progress) {
+            Some(Privilege::Root) => Command::new("apt-get"),
+            Some(Privilege::Sudo) => {
+                let mut sudo = Command::new("sudo");
+                sudo.args(["-n", "apt-get"]);
+                sudo
+            }
+            None => return Err(failed(error)),
+        };
+        update.args(["update", "-o", &format!("DPkg::Lock::Timeout={APT_LOCK_SECONDS}")]);
+        progress.run("asking Debian what packages there are", &mut update).map_err(failed)?;
+        unpack().map_err(failed)
     }
 
     fn no_way(&self) -> InstallError {

@@ -1,4 +1,4 @@
-//! The programs that some tests need: a browser, Node, Python, and packages of npm and PyPI.
+//! The programs that some tests need: a browser, Node, Python, NATS, and packages of npm and PyPI.
 //!
 //! Each is looked for, and installed if it is not there: system programs by the
 //! machine's package manager, npm packages of one exact version into
@@ -28,6 +28,8 @@ pub enum Tool {
     Python,
     /// A pooler of connections to PostgreSQL.
     Pgbouncer,
+    /// The NATS server.
+    NatsServer,
     /// A package of npm, of one exact version.
     NpmPackage(NpmPackage),
     /// Everything that a lock file of npm names.
@@ -121,6 +123,9 @@ fn find_or_install(tool: Tool, progress: Progress) -> Result<Found, Missing> {
             let python = find_or_install(Tool::Python, progress).map_err(|needs| missing(Why::Needs(needs)))?;
             project.install(&python.path, progress).map_err(missing)
         }
+        // Debian's package would start a server for everybody, on all addresses, now and after every boot.
+        Tool::NatsServer if Packages::are_debians() => unpack_nats(progress).map_err(missing),
+        Tool::NatsServer => install(tool, &NATS_PACKAGES, progress),
         Tool::Python => install(tool, &PYTHON_PACKAGES, progress),
         Tool::Pgbouncer => install(tool, &PGBOUNCER_PACKAGES, progress),
         Tool::Chromium | Tool::Chromedriver => install(tool, &CHROMIUM_PACKAGES, progress),
@@ -137,6 +142,35 @@ const PYTHON_PACKAGES: Packages =
     Packages { what: "Python with venv", apt: &["python3", "python3-venv"], brew: &["python3"] };
 
 const PGBOUNCER_PACKAGES: Packages = Packages { what: "PgBouncer", apt: &["pgbouncer"], brew: &["pgbouncer"] };
+const NATS_PACKAGES: Packages = Packages { what: "the NATS server", apt: &["nats-server"], brew: &["nats-server"] };
+
+/// Where it is unpacked.
+fn nats_folder() -> PathBuf {
+    tools_folder().join("nats-server")
+}
+
+fn unpack_nats(progress: Progress) -> Result<Found, Why> {
+    let folder = nats_folder();
+    let above = tools_folder();
+    fs::create_dir_all(&above).map_err(on(&above))?;
+    let lock_path = above.join("lock");
+    let lock = File::create(&lock_path).map_err(on(&lock_path))?;
+    lock.lock().map_err(on(&lock_path))?;
+    let path = folder.join("usr/sbin/nats-server");
+    if path.exists() {
+        return Ok(Found { path });
+    }
+    // Under another name first: half a package never looks like a tool.
+    let fresh = above.join(format!("new-{}", std::process::id()));
+    fs::create_dir_all(&fresh).map_err(on(&fresh))?;
+    if let Err(error) = NATS_PACKAGES.unpack("nats-server", &fresh, progress) {
+        // Why it could not be unpacked is what there is to tell.
+        let _ = fs::remove_dir_all(&fresh);
+        return Err(error.into());
+    }
+    fs::rename(&fresh, &folder).map_err(on(&folder))?;
+    if path.exists() { Ok(Found { path }) } else { Err(Why::NotOnPath) }
+}
 
 fn install(tool: Tool, packages: &Packages, progress: Progress) -> Result<Found, Missing> {
     let missing = |why| Missing { tool, why: Box::new(why) };
@@ -153,6 +187,7 @@ fn find(tool: Tool) -> Option<Found> {
         Tool::Npm => &["npm"],
         Tool::Python => &["python3"],
         Tool::Pgbouncer => &["pgbouncer"],
+        Tool::NatsServer => &["nats-server"],
         Tool::NpmPackage(package) => {
             let path = package.path_in(&package.folder());
             return path.exists().then_some(Found { path });
@@ -166,6 +201,9 @@ fn find(tool: Tool) -> Option<Found> {
     if tool == Tool::Pgbouncer {
         // Debian puts it where only root's PATH leads.
         places.push(PathBuf::from("/usr/sbin/pgbouncer"));
+    }
+    if tool == Tool::NatsServer {
+        places.extend([nats_folder().join("usr/sbin/nats-server"), PathBuf::from("/usr/sbin/nats-server")]);
     }
     if tool == Tool::Chromium {
         for app in ["Google Chrome", "Chromium"] {

@@ -2,8 +2,8 @@
 //!
 //! *Healthy* means the process runs: a supervisor that restarts a healthy server because the database is away helps nobody. *Ready* means that an
 //! event sent now would be stored: the database answers, every leaf is as it must be, the next months are there, and the last events could be
-//! written. What is in the way of the change
-//! feed is a warning beside it, since events can be stored without.
+//! written. What is in the way of the change feed, or of a queue that an edge can do without, is a warning beside it, since events can be stored
+//! all the same. A worker has nothing but its queue.
 
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use super::answer::{Problem, json_response};
 use crate::domain::month::Month;
 use crate::feed::Feed;
+use crate::queue::nats::Nats;
 use crate::store::Store;
 use crate::telemetry;
 
@@ -34,7 +35,15 @@ pub struct AdminState {
     pub store: Store,
 }
 
-/// The routes of the operator's listener. With a [`Feed`] as an extension, `/readyz` warns of what is in its way.
+/// The queue as readiness sees it.
+#[derive(Clone)]
+pub struct QueueState {
+    pub nats: Nats,
+    /// Whether nothing is stored without it.
+    pub needed: bool,
+}
+
+/// The routes of the operator's listener. With a [`Feed`] or a [`QueueState`] as an extension, `/readyz` tells what is in its way.
 pub fn admin_router(state: AdminState) -> Router {
     Router::new()
         .route("/healthz", get(async || json_response(StatusCode::OK, &json!({"ok": true}))))
@@ -46,22 +55,30 @@ pub fn admin_router(state: AdminState) -> Router {
         .with_state(state)
 }
 
-async fn readyz(State(state): State<AdminState>, feed: Option<Extension<Feed>>) -> Response {
-    let reasons = reasons(&state.store).await;
+async fn readyz(
+    State(state): State<AdminState>,
+    feed: Option<Extension<Feed>>,
+    queue: Option<Extension<QueueState>>,
+) -> Response {
+    let (mut reasons, mut warnings) = (reasons(&state.store).await, Vec::new());
+    if let Some(Extension(queue)) = queue
+        && let Some(why) = queue.nats.obstacle(queue.needed)
+    {
+        if queue.needed { &mut reasons } else { &mut warnings }.push(format!("queue: {why}"));
+    }
     if !reasons.is_empty() {
         return json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"ready": false, "reasons": reasons}));
     }
-    let obstacle = match feed {
-        Some(Extension(feed)) => feed.obstacle().await,
-        None => None,
-    };
-    match obstacle {
-        None => json_response(StatusCode::OK, &json!({"ready": true})),
-        Some(why) => {
-            let warning = format!("feed: Watch cannot be served: {why}");
-            json_response(StatusCode::OK, &json!({"ready": true, "warnings": [warning]}))
-        }
+    if let Some(Extension(feed)) = feed
+        && let Some(why) = feed.obstacle().await
+    {
+        warnings.push(format!("feed: Watch cannot be served: {why}"));
     }
+    let mut body = json!({"ready": true});
+    if !warnings.is_empty() {
+        body["warnings"] = json!(warnings);
+    }
+    json_response(StatusCode::OK, &body)
 }
 
 async fn reasons(store: &Store) -> Vec<String> {

@@ -1,16 +1,19 @@
 //! Who owns an event between the edge and the tables.
 //!
 //! The edge hands accepted events to a [`Transport`]. *Queued* and *durable* are different answers: a queue that took an event owns it from
-//! then on and will deliver it to the worker; the pipeline ([`inline`]) answers once the event is committed.
+//! then on and will deliver it to a worker; the pipeline ([`inline`]) answers once the event is committed. What a queue does not take goes to the
+//! pipeline, event by event.
 
 use async_trait::async_trait;
 
 use crate::domain::event::Event;
 use crate::domain::id::SiteId;
-use crate::domain::outcome::Outcome;
+use crate::domain::outcome::{Outcome, Unavailable};
 use crate::pipeline::Pressure;
 
+mod breaker;
 pub mod inline;
+pub mod nats;
 pub mod qstash;
 
 /// What a transport says of one event.
@@ -37,4 +40,17 @@ pub trait Transport: Send + Sync {
     fn refuses(&self, _site: SiteId, _events: usize) -> bool {
         false
     }
+}
+
+/// Hands to `fallback` what the queue did not take, and says of each event who has it.
+async fn fall_back(events: Vec<Event>, queued: &[bool], fallback: &dyn Transport) -> Vec<Verdict> {
+    let left: Vec<Event> =
+        events.into_iter().zip(queued).filter(|(_, queued)| !**queued).map(|(event, _)| event).collect();
+    let stored = if left.is_empty() { Vec::new() } else { fallback.hand_over(left).await };
+    let mut stored = stored.into_iter();
+    let verdict = |queued: &bool| match queued {
+        true => Verdict::Queued,
+        false => stored.next().unwrap_or(Verdict::Final(Outcome::Unavailable(Unavailable::Stopping))),
+    };
+    queued.iter().map(verdict).collect()
 }

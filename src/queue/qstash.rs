@@ -15,15 +15,12 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-use super::{Transport, Verdict};
+use super::breaker::Breaker;
+use super::{Transport, Verdict, fall_back};
 use crate::domain::event::Event;
 use crate::domain::job::Job;
-use crate::domain::outcome::{Outcome, Unavailable};
 use crate::secret::Secret;
 use crate::telemetry;
-use breaker::Breaker;
-
-mod breaker;
 
 /// How often QStash tries again: its default, and the most that its free plan has. The worker makes them last, by `Retry-After`.
 const RETRIES: &str = "3";
@@ -272,19 +269,7 @@ impl Transport for QstashTransport {
             queued[one.at] = accepted;
         }
         drop(groups);
-        let mut left = Vec::new();
-        for (event, queued) in events.into_iter().zip(&queued) {
-            if !queued {
-                left.push(event);
-            }
-        }
-        let stored = if left.is_empty() { Vec::new() } else { self.fallback.hand_over(left).await };
-        let mut stored = stored.into_iter();
-        let verdict = |queued: bool| match queued {
-            true => Verdict::Queued,
-            false => stored.next().unwrap_or(Verdict::Final(Outcome::Unavailable(Unavailable::Stopping))),
-        };
-        queued.into_iter().map(verdict).collect()
+        fall_back(events, &queued, &*self.fallback).await
     }
 }
 

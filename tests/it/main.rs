@@ -19,6 +19,7 @@ mod import;
 mod log;
 mod manners;
 mod merge;
+mod nats;
 mod odd_event;
 mod overload;
 mod pipeline;

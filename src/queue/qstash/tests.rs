@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::domain::event::{Arrival, Draft, FieldNames};
 use crate::domain::id::SiteId;
-use crate::domain::outcome::DeathReason;
+use crate::domain::outcome::{DeathReason, Outcome};
 
 /// What the stand-in for QStash answers.
 #[derive(Clone, Copy)]

@@ -10,6 +10,7 @@ pub mod database;
 pub mod events;
 pub mod line;
 pub mod metrics;
+pub mod nats;
 pub mod private;
 pub mod process;
 pub mod qstash;

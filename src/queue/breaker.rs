@@ -1,4 +1,4 @@
-//! A circuit breaker: after a run of failures, nobody is sent into the next one for a while.
+//! A circuit breaker: after a run of failures, nobody is sent into the next one for a while. Every queue has one of its own.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -1,0 +1,306 @@
+//! The worker's side: fetches, hands to the pipeline, and acknowledges after the commit.
+//!
+//! A worker takes a bounded number of events at a time and asks for more when they are settled, so the database sets the pace and the rest waits
+//! in the stream. What cannot be stored now comes again after a pause; while nothing can be stored, it asks for single events. What never can be
+//! stored is buried in `dead_letters` first and only then taken out of the stream. A worker that dies leaves what it had to the others.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{Consumer, pull};
+use async_nats::jetstream::{AckKind, Message};
+use chrono::Utc;
+use futures::{FutureExt, StreamExt};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::stream::ACK_WAIT;
+use super::{ANSWER, Nats, Status};
+use crate::directory::Directory;
+use crate::domain::id::{DeadLetterId, EventId, SiteId};
+use crate::domain::job::Job;
+use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
+use crate::pipeline::Pipeline;
+use crate::store::Store;
+use crate::store::dead_letters::DeadLetter;
+use crate::telemetry;
+
+/// Requests for events under way at once: while the events of one are being stored, another brings the next.
+const PULLS: usize = 4;
+/// Events of one request.
+const PULL: usize = 128;
+/// Events that one worker has at a time.
+pub(super) const AT_ONCE: usize = PULLS * PULL;
+/// How long a request waits for events.
+const PULL_FOR: Duration = Duration::from_secs(2);
+/// NATS ends a request in time, unless it was restarted and has forgotten it.
+const FORGOTTEN: Duration = Duration::from_millis(2500);
+/// Pause before the next request when this one came to nothing.
+const PAUSE: Duration = Duration::from_millis(500);
+/// First pause before an event comes again; the next ones are longer.
+const AGAIN: Duration = Duration::from_millis(500);
+/// Longest such pause while the database is away: what waits is stored soon after it is back ...
+const AGAIN_AT_MOST: Duration = Duration::from_secs(5);
+/// ... and while a month is missing, which only a person may be able to mend.
+const AGAIN_AT_MOST_FOR_A_MONTH: Duration = Duration::from_secs(60);
+
+/// Stores what is in the stream.
+#[derive(Clone)]
+pub struct Worker {
+    nats: Nats,
+    pipeline: Pipeline,
+    directory: Directory,
+    store: Store,
+}
+
+/// What became of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Deed {
+    /// It is in the tables.
+    Stored,
+    /// It never will be; it lies in `dead_letters`.
+    Buried,
+    /// It has to come again.
+    Again(Unavailable),
+}
+
+/// What became of a request for events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pulled {
+    /// Events were settled, or there were none.
+    Fine,
+    /// None of them could be.
+    NothingStored,
+    /// NATS cut it short, or is away.
+    NoAnswer,
+}
+
+/// What can never be stored.
+struct Corpse {
+    reason: DeathReason,
+    detail: String,
+    site_id: Option<SiteId>,
+    event_id: Option<EventId>,
+}
+
+impl Worker {
+    pub fn new(nats: Nats, pipeline: Pipeline, directory: Directory, store: Store) -> Self {
+        Self { nats, pipeline, directory, store }
+    }
+
+    /// Works until `stop`, then finishes and acknowledges what it took.
+    pub async fn run(self, stop: CancellationToken) {
+        let worker = Arc::new(self);
+        let mut pulls = JoinSet::new();
+        for _ in 0..PULLS {
+            pulls.spawn(worker.clone().keep_pulling(stop.clone()));
+        }
+        while let Some(ended) = pulls.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a task that fetches events broke");
+            }
+        }
+        worker.nats.flush().await;
+    }
+
+    async fn keep_pulling(self: Arc<Self>, stop: CancellationToken) {
+        let (mut consumer, mut events) = (None, PULL);
+        while !stop.is_cancelled() {
+            if consumer.is_none() {
+                consumer = self.consumer().await;
+            }
+            let pulled = match &consumer {
+                Some(consumer) => self.pull(consumer, events, &stop).await,
+                None => Pulled::NoAnswer,
+            };
+            // One that comes to nothing is enough to learn that the database is still away.
+            events = if pulled == Pulled::NothingStored { 1 } else { PULL };
+            if pulled == Pulled::NoAnswer {
+                consumer = None;
+            }
+            if pulled != Pulled::Fine {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = sleep(PAUSE) => {}
+                }
+            }
+        }
+    }
+
+    async fn consumer(&self) -> Option<Consumer<pull::Config>> {
+        if matches!(&*self.nats.status.borrow(), Status::Away(_) | Status::Unfit(_)) || !self.nats.is_connected() {
+            return None;
+        }
+        self.nats.consumer().await.inspect_err(|error| tracing::debug!(%error, "the consumer cannot be found now")).ok()
+    }
+
+    /// Fetches up to `events` and settles them.
+    async fn pull(
+        self: &Arc<Self>,
+        consumer: &Consumer<pull::Config>,
+        events: usize,
+        stop: &CancellationToken,
+    ) -> Pulled {
+        let mut messages = match consumer.batch().max_messages(events).expires(PULL_FOR).messages().await {
+            Ok(messages) => messages,
+            Err(error) => {
+                tracing::debug!(%error, "no events can be fetched now");
+                return Pulled::NoAnswer;
+            }
+        };
+        let forgotten = Instant::now() + FORGOTTEN;
+        let (mut handled, mut answered) = (JoinSet::new(), true);
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                next = messages.next() => match next {
+                    Some(Ok(message)) => {
+                        let worker = self.clone();
+                        handled.spawn(async move { worker.handle(message).await });
+                    }
+                    Some(Err(error)) => {
+                        tracing::debug!(error, "fetching events was cut short");
+                        answered = false;
+                        break;
+                    }
+                    None => break,
+                },
+                () = sleep_until(forgotten) => {
+                    answered = false;
+                    break;
+                }
+            }
+        }
+        // What has come and was not begun is another worker's at once, and not after the wait for an acknowledgement.
+        while let Some(Some(Ok(message))) = messages.next().now_or_never() {
+            answer(&message, AckKind::Nak(None)).await;
+        }
+        drop(messages);
+        let (mut settled, mut unsettled) = (0, 0);
+        while let Some(done) = handled.join_next().await {
+            let done = done.unwrap_or_else(|error| {
+                tracing::error!(%error, "a delivery broke the server's own code; it comes again");
+                false
+            });
+            if done { settled += 1 } else { unsettled += 1 }
+        }
+        match (answered, settled, unsettled) {
+            (false, ..) => Pulled::NoAnswer,
+            (true, 0, 1..) => Pulled::NothingStored,
+            (true, ..) => Pulled::Fine,
+        }
+    }
+
+    /// Settles one delivery and says so to NATS: whether it is done with.
+    async fn handle(&self, message: Message) -> bool {
+        let settling = self.settle(&message);
+        tokio::pin!(settling);
+        let deed = loop {
+            tokio::select! {
+                deed = &mut settling => break deed,
+                // Nobody else needs to try meanwhile.
+                () = sleep(ACK_WAIT / 3) => answer(&message, AckKind::Progress).await,
+            }
+        };
+        let (kind, outcome) = match deed {
+            Deed::Stored => (AckKind::Ack, "stored"),
+            Deed::Buried => (AckKind::Term, "buried"),
+            Deed::Again(why) => {
+                let deliveries = message.info().map_or(1, |info| info.delivered);
+                (AckKind::Nak(Some(pause(why, deliveries))), "again")
+            }
+        };
+        metrics::counter!(telemetry::NATS_DELIVERIES_TOTAL, "outcome" => outcome).increment(1);
+        answer(&message, kind).await;
+        !matches!(deed, Deed::Again(_))
+    }
+
+    async fn settle(&self, message: &Message) -> Deed {
+        let settled = match self.store(&message.payload).await {
+            Ok(Ok(outcome)) => Ok(outcome),
+            Ok(Err(corpse)) => self.bury(&message.payload, corpse).await.map(Outcome::Dead),
+            Err(unavailable) => Err(unavailable),
+        };
+        match settled {
+            Ok(Outcome::Stored(_) | Outcome::Duplicate(_)) => Deed::Stored,
+            // The pipeline buries before it says so.
+            Ok(Outcome::Dead(_)) => Deed::Buried,
+            Ok(Outcome::Unavailable(why)) | Err(why) => Deed::Again(why),
+        }
+    }
+
+    async fn store(&self, payload: &[u8]) -> Result<Result<Outcome, Corpse>, Unavailable> {
+        let malformed =
+            |detail: String| Corpse { reason: DeathReason::MalformedJob, detail, site_id: None, event_id: None };
+        let event = match std::str::from_utf8(payload) {
+            Ok(text) => Job::event_from_json(text, Utc::now()).map_err(|error| malformed(error.to_string())),
+            Err(_) => Err(malformed("it is no UTF-8".to_owned())),
+        };
+        let event = match event {
+            Ok(event) => event,
+            Err(corpse) => return Ok(Err(corpse)),
+        };
+        if self.directory.site_by_id(event.site_id).await?.is_none() {
+            let detail = "no site has the id of the job's event".to_owned();
+            let (site_id, event_id) = (Some(event.site_id), Some(event.id));
+            return Ok(Err(Corpse { reason: DeathReason::UnknownSite, detail, site_id, event_id }));
+        }
+        Ok(Ok(self.pipeline.take_when_room(event).await?.outcome().await))
+    }
+
+    async fn bury(&self, payload: &[u8], corpse: Corpse) -> Result<DeathReason, Unavailable> {
+        let letter = DeadLetter {
+            // The same message is one letter, however often it comes.
+            id: DeadLetterId::derived(payload),
+            site_id: corpse.site_id,
+            event_id: corpse.event_id,
+            source: "nats",
+            reason: corpse.reason,
+            detail: corpse.detail,
+            payload: String::from_utf8_lossy(payload).replace('\0', "\u{fffd}"),
+            received_at: Utc::now(),
+        };
+        self.store.bury(&letter).await.map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "a dead letter could not be buried");
+            Unavailable::Database
+        })?;
+        tracing::warn!(reason = corpse.reason.code(), dead_letter.id = %letter.id, "a message can never be stored; it is in dead_letters");
+        Ok(corpse.reason)
+    }
+}
+
+/// Says to NATS what became of a delivery. What it does not hear comes again, which changes nothing.
+async fn answer(message: &Message, kind: AckKind) {
+    match timeout(ANSWER, message.ack_with(kind)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(error, "NATS does not hear of a delivery; it comes again"),
+        Err(_) => tracing::debug!("NATS does not hear of a delivery in time; it comes again"),
+    }
+}
+
+/// How long an event that cannot be stored now stays in the stream before it comes again.
+fn pause(why: Unavailable, deliveries: i64) -> Duration {
+    let at_most = match why {
+        // Another worker may have the room, now.
+        Unavailable::Stopping => return Duration::ZERO,
+        Unavailable::Busy | Unavailable::Database => AGAIN_AT_MOST,
+        Unavailable::Partition => AGAIN_AT_MOST_FOR_A_MONTH,
+    };
+    let doublings = u32::try_from(deliveries.clamp(1, 16) - 1).unwrap_or(0);
+    (AGAIN * 2u32.pow(doublings)).min(at_most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_comes_again_later_and_later_and_never_very_late() {
+        let seconds = |why, deliveries| pause(why, deliveries).as_secs_f64();
+        assert_eq!([1, 2, 3, 5, 10_000].map(|n| seconds(Unavailable::Database, n)), [0.5, 1.0, 2.0, 5.0, 5.0]);
+        assert_eq!([1, 8, 1_000].map(|n| seconds(Unavailable::Partition, n)), [0.5, 60.0, 60.0]);
+        assert_eq!(seconds(Unavailable::Stopping, 9), 0.0);
+    }
+}
