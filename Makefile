@@ -2,7 +2,7 @@
 # but Rust; what it does is in Rust too (`src/dev`), so that `cargo` alone does the same.
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint fmt
+.PHONY: help dev test bench lint fmt
 
 help:
 	@echo 'OpsMantik tells which ad click, visit and page made the phone ring.'
@@ -10,6 +10,7 @@ help:
 	@echo '  make dev    run it here: PostgreSQL (installed if missing), a demo site and page, the server'
 	@echo '              its data stays in .opsmantik/; Ctrl-C stops all of it'
 	@echo '  make test   all tests, on a database of their own that is gone afterwards'
+	@echo '  make bench  what it can do on this machine, against references measured in the same run'
 	@echo '  make lint   what must hold before a commit: format, clippy'
 	@echo '  make fmt    format the sources'
 	@echo
@@ -21,6 +22,9 @@ dev:
 
 test:
 	@cargo test --locked $(ARGS)
+
+bench:
+	@cargo bench --locked --bench spine -- $(ARGS)
 
 lint:
 	@cargo fmt --check
