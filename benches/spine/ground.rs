@@ -66,7 +66,7 @@ impl Ground {
         }
         let version: String =
             admin.query_one("SELECT 'PostgreSQL ' || current_setting('server_version')", &[]).await?.get(0);
-        let told = "SELECT name || '=' || setting || coalesce(unit, '') FROM pg_settings WHERE source = 'command line' \
+        let told = "SELECT name || '=' || current_setting(name) FROM pg_settings WHERE source = 'command line' \
                     AND name NOT IN ('port', 'listen_addresses', 'unix_socket_directories') ORDER BY name";
         let told = admin.query(told, &[]).await?;
         let durable = "fsync=on, synchronous_commit=on, full_page_writes=on".to_owned();

@@ -5,17 +5,18 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use opsmantik::grpc::proto::{IngestRequest, StreamIngestRequest};
 use prost::Message;
 use prost::bytes::{Buf, BufMut, Bytes};
+use tonic::client::Grpc;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 use crate::workload::Beat;
 
@@ -51,8 +52,20 @@ pub fn with_token<T>(message: T, token: &str) -> anyhow::Result<Request<T>> {
     Ok(request)
 }
 
-/// Sends all requests, so many callers at once, each with a connection of its own; the seconds that it took.
-pub async fn ingest(to: SocketAddr, token: &str, requests: &[Bytes], callers: usize) -> anyhow::Result<f64> {
+/// What sending took.
+#[derive(Debug, Clone, Copy)]
+pub struct Sent {
+    pub seconds: f64,
+    /// Times that the server said *unavailable*, and was sent the same again, as its contract has it.
+    pub again: usize,
+}
+
+/// Who is told *unavailable* comes back after this, and not more often than that: on a quiet machine nobody is.
+const COME_BACK: Duration = Duration::from_millis(200);
+const COME_BACK_TIMES: usize = 50;
+
+/// Sends all requests, so many callers at once, each with a connection of its own.
+pub async fn ingest(to: SocketAddr, token: &str, requests: &[Bytes], callers: usize) -> anyhow::Result<Sent> {
     let requests: Arc<[Bytes]> = requests.into();
     let next = Arc::new(AtomicUsize::new(0));
     let mut channels = Vec::with_capacity(callers);
@@ -65,24 +78,40 @@ pub async fn ingest(to: SocketAddr, token: &str, requests: &[Bytes], callers: us
         .map(|channel| {
             let (requests, next, token) = (requests.clone(), next.clone(), token.to_owned());
             tokio::spawn(async move {
-                let mut client = tonic::client::Grpc::new(channel);
-                while let Some(request) = requests.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    client.ready().await?;
-                    let request = with_token(request.clone(), &token)?;
-                    client.unary(request, PathAndQuery::from_static(INGEST), Raw).await?;
+                let (mut client, mut again) = (Grpc::new(channel), 0);
+                while let Some(message) = requests.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    loop {
+                        client.ready().await?;
+                        let request = with_token(message.clone(), &token)?;
+                        match client.unary(request, PathAndQuery::from_static(INGEST), Raw).await {
+                            Ok(_) => break,
+                            Err(refused) => come_back(refused, &mut again).await?,
+                        }
+                    }
                 }
-                anyhow::Ok(())
+                anyhow::Ok(again)
             })
         })
         .collect();
+    let mut again = 0;
     for task in tasks {
-        task.await?.context("Ingest")?;
+        again += task.await?.context("Ingest")?;
     }
-    Ok(began.elapsed().as_secs_f64())
+    Ok(Sent { seconds: began.elapsed().as_secs_f64(), again })
 }
 
-/// Sends all messages over so many streams and reads all acknowledgements; the seconds that it took.
-pub async fn stream(to: SocketAddr, token: &str, messages: &[Bytes], streams: usize) -> anyhow::Result<f64> {
+/// Waits before the same is sent again; an error if that cannot help.
+async fn come_back(refused: Status, again: &mut usize) -> anyhow::Result<()> {
+    *again += 1;
+    if refused.code() != Code::Unavailable || *again > COME_BACK_TIMES {
+        return Err(refused.into());
+    }
+    tokio::time::sleep(COME_BACK).await;
+    Ok(())
+}
+
+/// Sends all messages over so many streams and reads all acknowledgements. A stream that the server ends is begun anew from its first message.
+pub async fn stream(to: SocketAddr, token: &str, messages: &[Bytes], streams: usize) -> anyhow::Result<Sent> {
     let mut channels = Vec::with_capacity(streams);
     for _ in 0..streams {
         channels.push(channel(to).await?);
@@ -96,24 +125,38 @@ pub async fn stream(to: SocketAddr, token: &str, messages: &[Bytes], streams: us
         .map(|(channel, part)| {
             let token = token.to_owned();
             tokio::spawn(async move {
-                let sent = part.len();
-                let mut client = tonic::client::Grpc::new(channel);
-                client.ready().await?;
-                let request = with_token(tokio_stream::iter(part), &token)?;
-                let answer = client.streaming(request, PathAndQuery::from_static(STREAM_INGEST), Raw).await?;
-                let (mut answers, mut acknowledged) = (answer.into_inner(), 0);
-                while answers.message().await?.is_some() {
-                    acknowledged += 1;
+                let (mut client, mut again) = (Grpc::new(channel), 0);
+                while let Err(refused) = stream_once(&mut client, &token, &part).await? {
+                    come_back(refused, &mut again).await?;
                 }
-                ensure!(acknowledged == sent, "{acknowledged} of {sent} messages were acknowledged");
-                Ok(())
+                anyhow::Ok(again)
             })
         })
         .collect();
+    let mut again = 0;
     for task in tasks {
-        task.await?.context("StreamIngest")?;
+        again += task.await?.context("StreamIngest")?;
     }
-    Ok(began.elapsed().as_secs_f64())
+    Ok(Sent { seconds: began.elapsed().as_secs_f64(), again })
+}
+
+async fn stream_once(client: &mut Grpc<Channel>, token: &str, part: &[Bytes]) -> anyhow::Result<Result<(), Status>> {
+    client.ready().await?;
+    let request = with_token(tokio_stream::iter(part.to_vec()), token)?;
+    let mut answers = match client.streaming(request, PathAndQuery::from_static(STREAM_INGEST), Raw).await {
+        Ok(answer) => answer.into_inner(),
+        Err(refused) => return Ok(Err(refused)),
+    };
+    let mut acknowledged = 0;
+    loop {
+        match answers.message().await {
+            Ok(Some(_)) => acknowledged += 1,
+            Ok(None) => break,
+            Err(refused) => return Ok(Err(refused)),
+        }
+    }
+    ensure!(acknowledged == part.len(), "{acknowledged} of {} messages were acknowledged", part.len());
+    Ok(Ok(()))
 }
 
 /// A codec that leaves messages as they are.

@@ -46,6 +46,8 @@ impl Volley {
 pub struct Answers {
     /// 200, and the event is stored.
     pub stored: usize,
+    /// Times that the server said 503, and was sent the same again, as a tracker does. On a quiet machine it never does.
+    pub again: usize,
     /// All others, by status.
     pub others: Vec<(u16, usize)>,
     /// The first answer that was not expected.
@@ -105,6 +107,10 @@ pub enum Pace {
     Open(f64),
 }
 
+/// Who is told 503 comes back after this, and all together not more often than that.
+const COME_BACK: Duration = Duration::from_millis(200);
+const COME_BACK_TIMES: usize = 1000;
+
 /// Sends all of it over so many connections.
 pub async fn fire(
     to: SocketAddr,
@@ -162,9 +168,17 @@ async fn fire_here(
                         }
                     };
                     stream.write_all(volley.get(at)).await?;
-                    let (status, stored) = read_answer(&mut stream, &mut buffer).await?;
+                    let mut answer = read_answer(&mut stream, &mut buffer).await?;
+                    while answer.status == 503 && answers.borrow().again < COME_BACK_TIMES {
+                        answers.borrow_mut().again += 1;
+                        tokio::time::sleep(COME_BACK).await;
+                        stream.write_all(volley.get(at)).await?;
+                        answer = read_answer(&mut stream, &mut buffer).await?;
+                        // It may have been stored all the same.
+                        answer.stored |= answer.status == 200;
+                    }
                     let mut answers = answers.borrow_mut();
-                    answers.add(status, stored, &buffer);
+                    answers.add(answer.status, answer.stored, &buffer);
                     answers.latencies.push(u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX));
                 }
             })
@@ -179,8 +193,13 @@ async fn fire_here(
     Ok(answers)
 }
 
-/// Reads one answer into the buffer: its status, and whether it says that the event is stored.
-async fn read_answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<(u16, bool)> {
+struct Answer {
+    status: u16,
+    stored: bool,
+}
+
+/// Reads one answer into the buffer.
+async fn read_answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<Answer> {
     buffer.clear();
     loop {
         if stream.read_buf(buffer).await? == 0 {
@@ -189,7 +208,7 @@ async fn read_answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Re
         if let Some((status, body, whole)) = parse(buffer)
             && buffer.len() >= whole
         {
-            return Ok((status, status == 200 && says_stored(&buffer[body..whole])));
+            return Ok(Answer { status, stored: status == 200 && says_stored(&buffer[body..whole]) });
         }
     }
 }

@@ -139,6 +139,9 @@ async fn run(options: Options) -> anyhow::Result<bool> {
     let processors = std::thread::available_parallelism().map_or(0, usize::from);
     println!("\n{}", report::table(&lines));
     println!("{processors} processors, {seconds:.0} s; {}", settings.join(", "));
+    if cfg!(debug_assertions) {
+        println!("Built without optimisation: its figures say nothing.");
+    }
     if options.short {
         println!("Short: it shows that each row runs. Its figures are not to be quoted.");
     }

@@ -18,6 +18,8 @@ pub struct Side {
     pub rates: Vec<f64>,
     /// Seconds of processor for a thousand events, of each round.
     pub costs: Vec<Spent>,
+    /// Times that something had to be sent again, for the server said that it was unavailable.
+    pub again: usize,
 }
 
 impl Side {
@@ -37,6 +39,7 @@ impl Side {
         json!({
             "events_per_second": median(&self.rates),
             "rounds": self.rates,
+            "sent_again": self.again,
             "cpu_seconds_per_1000_events": {"server": server, "postgresql": database, "load": load},
         })
     }
@@ -196,6 +199,16 @@ pub fn table(lines: &[Line]) -> String {
         let rows: Vec<[String; 5]> = std::iter::once(heads).chain(costs).collect();
         text.push_str(&markdown(&rows));
     }
+    for (line, name, side) in
+        lines.iter().flat_map(|line| line.sides.iter().map(move |(name, side)| (line, name, side)))
+    {
+        if side.again > 0 {
+            text.push_str(&format!(
+                "\n{}: {} answers of `{name}` were *unavailable*: the machine is not quiet",
+                line.row, side.again
+            ));
+        }
+    }
     for line in lines.iter().filter(|line| !line.more.is_empty()) {
         let more: Vec<String> = line.more.iter().map(|(name, value)| format!("{name} {}", shown(value))).collect();
         text.push_str(&format!("\n{}: {}", line.row, more.join(", ")));
@@ -237,7 +250,7 @@ pub fn json(lines: &[Line], settings: &[String], short: bool, seconds: f64) -> V
     let version = env!("CARGO_PKG_VERSION");
     let processors = std::thread::available_parallelism().map_or(0, usize::from);
     json!({
-        "version": version, "short": short, "processors": processors, "seconds": seconds, "postgresql": settings,
+        "version": version, "short": short, "optimised": !cfg!(debug_assertions), "processors": processors, "seconds": seconds, "postgresql": settings,
         "at": chrono::Utc::now(), "rows": lines.iter().map(Line::json).collect::<Vec<_>>(),
     })
 }

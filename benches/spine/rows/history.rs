@@ -12,7 +12,7 @@ const CALLERS: usize = 8;
 const WARM_UP: usize = 20 * BATCH;
 
 pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
-    let (rounds, events) = (bench.size(6, 2), bench.size(30_000, 4_000));
+    let (rounds, events) = (bench.rounds(), bench.size(30_000, 4_000));
     let (mut full, mut empty) = (Side::default(), Side::default());
     let databases = [bench.history().await?, bench.ground.database().await?];
     let servers = [bench.server(&databases[0]).await?, bench.server(&databases[1]).await?];
@@ -30,9 +30,10 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
             let server = &servers[which];
             databases[which].checkpoint().await?;
             let before = server.meter().read()?;
-            let seconds = grpc_load::ingest(server.grpc, &bench.ground.token, &batches, CALLERS).await?;
+            let sent = grpc_load::ingest(server.grpc, &bench.ground.token, &batches, CALLERS).await?;
             let side = if which == 0 { &mut full } else { &mut empty };
-            side.add(events, seconds, server.meter().read()?.since(before));
+            side.add(events, sent.seconds, server.meter().read()?.since(before));
+            side.again += sent.again;
         }
         bench.say(format!(
             "round {round} of {rounds}: {:.0} and {:.0} events/s",

@@ -1,6 +1,6 @@
 //! `ingest` and `stream`: durable events by gRPC, against `COPY` of the very rows that they became.
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
 use super::Bench;
 use crate::copy::copy;
@@ -22,7 +22,7 @@ pub enum Door {
 }
 
 pub async fn measure(bench: &mut Bench, door: Door) -> anyhow::Result<Vec<Line>> {
-    let (rounds, events) = (bench.size(5, 2), bench.size(40_000, 8_000));
+    let (rounds, events) = (bench.rounds(), bench.size(40_000, 8_000));
     let (mut ours, mut copied) = (Side::default(), Side::default());
     for round in 1..=rounds {
         bench.say(format!("round {round} of {rounds}"));
@@ -38,15 +38,17 @@ pub async fn measure(bench: &mut Bench, door: Door) -> anyhow::Result<Vec<Line>>
         let (from, to) = (bench.ground.database().await?, bench.ground.database().await?);
         let server = bench.server(&from).await?;
         let token = bench.ground.token.as_str();
-        grpc_load::ingest(server.grpc, token, &warm_up, CALLERS).await?;
+        grpc_load::ingest(server.grpc, token, &warm_up, CALLERS).await.with_context(|| server.log())?;
         from.checkpoint().await?;
 
         let before = server.meter().read()?;
-        let seconds = match door {
-            Door::Ingest => grpc_load::ingest(server.grpc, token, &messages, CALLERS).await?,
-            Door::Stream => grpc_load::stream(server.grpc, token, &messages, STREAMS).await?,
-        };
-        ours.add(events, seconds, server.meter().read()?.since(before));
+        let sent = match door {
+            Door::Ingest => grpc_load::ingest(server.grpc, token, &messages, CALLERS).await,
+            Door::Stream => grpc_load::stream(server.grpc, token, &messages, STREAMS).await,
+        }
+        .with_context(|| server.log())?;
+        ours.add(events, sent.seconds, server.meter().read()?.since(before));
+        ours.again += sent.again;
         let stored = from.count("events").await?;
         ensure!(
             stored == events + 20 * BATCH,

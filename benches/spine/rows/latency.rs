@@ -43,6 +43,7 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
         .with("p90_ms", answers.percentile(0.9))
         .with("p99_9_ms", answers.percentile(0.999))
         .with("max_ms", answers.percentile(1.0))
-        .with("events_per_second", rate);
+        .with("events_per_second", rate)
+        .with("sent_again", answers.again);
     Ok(vec![line])
 }

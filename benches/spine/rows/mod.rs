@@ -141,9 +141,17 @@ impl Bench {
         }
     }
 
-    /// This much, or the little of a short run.
+    /// This much, or the little of a short run; of one that was built without optimisation, the least.
     pub fn size(&self, whole: usize, short: usize) -> usize {
-        if self.short { short } else { whole }
+        match (self.short, cfg!(debug_assertions)) {
+            (false, _) => whole,
+            (true, false) => short,
+            (true, true) => short / 4,
+        }
+    }
+
+    pub fn rounds(&self) -> usize {
+        self.size(5, 2).max(1)
     }
 
     pub async fn server(&self, database: &Database) -> anyhow::Result<Server> {

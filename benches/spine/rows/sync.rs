@@ -10,7 +10,7 @@ use crate::server::Server;
 use crate::workload::Workload;
 
 pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
-    let (rounds, events) = (bench.size(5, 2), bench.size(30_000, 4_000));
+    let (rounds, events) = (bench.rounds(), bench.size(30_000, 4_000));
     let (mut ours, mut answering) = (Side::default(), Side::default());
     let database = bench.ground.database().await?;
     let server = bench.server(&database).await?;
@@ -28,6 +28,7 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
             let before = server.meter().read()?;
             let answers = fire(server.http, &volley, CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
             side.add(events, answers.seconds, server.meter().read()?.since(before));
+            side.again += answers.again;
         }
         bench.say(format!(
             "round {round} of {rounds}: {:.0} and {:.0} events/s",

@@ -10,7 +10,7 @@ use crate::report::{Bar, Line, Side};
 use crate::workload::{Workload, one_of_each};
 
 pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
-    let (rounds, events, sites) = (bench.size(5, 2), bench.size(30_000, 3_000), bench.size(10_000, 1_000));
+    let (rounds, events, sites) = (bench.rounds(), bench.size(30_000, 3_000), bench.size(10_000, 1_000));
     let (mut many, mut one) = (Side::default(), Side::default());
     let databases = [bench.ground.database().await?, bench.ground.database().await?];
     add_sites(&databases[0].admin().await?, SITES..sites).await?;
@@ -30,6 +30,7 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
             let answers = fire(servers[which].http, &volley, CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
             let side = if which == 0 { &mut many } else { &mut one };
             side.add(events, answers.seconds, servers[which].meter().read()?.since(before));
+            side.again += answers.again;
         }
         bench.say(format!(
             "round {round} of {rounds}: {:.0} and {:.0} events/s",

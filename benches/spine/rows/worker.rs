@@ -22,7 +22,7 @@ use crate::server::{PUBLIC_URL, SIGNING_KEY};
 use crate::workload::{Beat, Workload};
 
 pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
-    let (rounds, events) = (bench.size(5, 2), bench.size(30_000, 3_000));
+    let (rounds, events) = (bench.rounds(), bench.size(30_000, 3_000));
     let (mut delivered, mut inline) = (Side::default(), Side::default());
     let database = bench.ground.database().await?;
     let server = bench.server(&database).await?;
@@ -40,6 +40,7 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
             let answers = fire(server.http, &volleys[which], CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
             let side = if which == 0 { &mut delivered } else { &mut inline };
             side.add(events, answers.seconds, server.meter().read()?.since(before));
+            side.again += answers.again;
         }
         bench.say(format!(
             "round {round} of {rounds}: {:.0} and {:.0} events/s",
