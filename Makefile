@@ -2,7 +2,7 @@
 # but Rust; what it does is in Rust too (`src/dev`), so that `cargo` alone does the same.
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test faults lint fmt
+.PHONY: help dev test bench faults fuzz lint fmt
 
 help:
 	@echo 'OpsMantik tells which ad click, visit and page made the phone ring.'
@@ -11,6 +11,7 @@ help:
 	@echo '              its data stays in .opsmantik/; Ctrl-C stops all of it'
 	@echo '  make test   all tests, on a database of their own that is gone afterwards'
 	@echo '  make faults the fault table, the long form: all that breaks is broken again and again'
+	@echo '  make bench  what it can do on this machine, against references measured in the same run'
 	@echo '  make lint   what must hold before a commit: format, clippy'
 	@echo '  make fmt    format the sources'
 	@echo
@@ -25,6 +26,9 @@ test:
 
 faults:
 	@cargo test --locked --test faults -- --long $(ARGS)
+
+bench:
+	@cargo bench --locked --bench spine -- $(ARGS)
 
 lint:
 	@cargo fmt --check

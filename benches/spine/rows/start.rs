@@ -1,0 +1,36 @@
+//! `start`: from the start of the process until it says that it is ready, on a database that has been used.
+
+use super::Bench;
+use crate::ground::SITES;
+use crate::grpc_load;
+use crate::report::{Bar, Line, median};
+use crate::workload::Workload;
+
+pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
+    let own = match &bench.laid {
+        Some(_) => None,
+        None => Some(bench.ground.database().await?),
+    };
+    let database = own.clone().or_else(|| bench.laid.clone());
+    let Some(database) = database else { anyhow::bail!("there is no database") };
+    let first = bench.server(&database).await?;
+    let batches = grpc_load::batches(&Workload::new(9000, SITES).take(1000));
+    grpc_load::ingest(first.grpc, &bench.ground.token, &batches, 1).await?;
+    first.stop().await?;
+    let mut seconds = Vec::new();
+    for _ in 0..bench.size(10, 3) {
+        let server = bench.server(&database).await?;
+        seconds.push(server.ready_after.as_secs_f64());
+        server.stop().await?;
+    }
+    let what = match own {
+        Some(_) => "from start to ready on an existing database",
+        None => "from start to ready on the database with the history",
+    };
+    if let Some(own) = own {
+        bench.ground.drop(own).await?;
+    }
+    let most = seconds.iter().copied().fold(0.0, f64::max);
+    let bar = Bar::AtMost { bar: 1.0, stretch: None };
+    Ok(vec![Line::figure("start", what, "s", median(&seconds), Some(bar)).with("max_s", most)])
+}

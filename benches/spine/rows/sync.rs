@@ -1,0 +1,51 @@
+//! `sync`: single events through the public door, stored and answered, against the same door answering without storing.
+
+use anyhow::ensure;
+
+use super::{Bench, CONNECTIONS, sync_volley};
+use crate::ground::SITES;
+use crate::http_load::{Pace, fire};
+use crate::report::{Bar, Line, Side};
+use crate::server::Server;
+use crate::workload::Workload;
+
+pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
+    let (rounds, events) = (bench.rounds(), bench.size(30_000, 4_000));
+    let (mut ours, mut answering) = (Side::default(), Side::default());
+    let database = bench.ground.database().await?;
+    let server = bench.server(&database).await?;
+    let reference = Server::start_answering(&bench.ground, &database).await?;
+    bench.say(format!("servers {} (stores) and {} (answers)", server.pid, reference.pid));
+    let warm_up = sync_volley(&Workload::new(1000, SITES).take(1000));
+    for server in [&server, &reference] {
+        fire(server.http, &warm_up, CONNECTIONS, Pace::Closed).await?.all_stored(1000)?;
+    }
+    for round in 1..=rounds {
+        let volley = sync_volley(&Workload::new(round as u64, SITES).take(events));
+        database.checkpoint().await?;
+        // The same requests, to the one and to the other.
+        for (server, side) in [(&server, &mut ours), (&reference, &mut answering)] {
+            let before = server.meter().read()?;
+            let answers = fire(server.http, &volley, CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
+            side.add(events, answers.seconds, server.meter().read()?.since(before));
+            side.again += answers.again;
+        }
+        bench.say(format!(
+            "round {round} of {rounds}: {:.0} and {:.0} events/s",
+            ours.rates[round - 1],
+            answering.rates[round - 1]
+        ));
+    }
+    let (stored, sent) = (database.count("events").await?, 1000 + rounds * events);
+    ensure!(stored == sent, "{stored} of {sent} events are stored: {}", server.log());
+    server.stop().await?;
+    reference.stop().await?;
+    bench.ground.drop(database).await?;
+    let bar = Bar::AtLeast { bar: 0.25, stretch: Some(0.4) };
+    let what = format!(
+        "POST /api/sync, single events, {CONNECTIONS} connections; reference: the same answers without storing"
+    );
+    let line = Line::ratio("sync", what, ["stored", "answered only"], ours, answering, bar);
+    bench.sync_rate = Some(line.measured);
+    Ok(vec![line])
+}
