@@ -21,6 +21,7 @@ use crate::domain::event::Event;
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::keeper::Nudge;
 use crate::store::Store;
+use crate::store::dead_letters::Undertaker;
 use crate::telemetry;
 
 mod batch;
@@ -116,6 +117,12 @@ const PERMIT_BYTES: usize = 256;
 impl Pipeline {
     /// Starts the writers. They end when [`Pipeline::drain`] is called.
     pub fn start(store: Store, keeper: Nudge, config: PipelineConfig) -> Self {
+        let undertaker = Arc::new(store.clone());
+        Self::start_with(store, keeper, undertaker, config)
+    }
+
+    /// The same with somebody else who keeps what dies: who replays dead letters has them already.
+    pub fn start_with(store: Store, keeper: Nudge, undertaker: Arc<dyn Undertaker>, config: PipelineConfig) -> Self {
         // The channel needs no bound of its own: nothing enters it without permits of the room.
         let (door, waiting) = mpsc::unbounded_channel();
         let waiting = Arc::new(Mutex::new(waiting));
@@ -127,7 +134,7 @@ impl Pipeline {
             closing: tokio_util::sync::CancellationToken::new(),
         };
         for _ in 0..config.writers.max(1) {
-            let writer = writer::Writer::new(store.clone(), keeper.clone(), config);
+            let writer = writer::Writer::new(store.clone(), keeper.clone(), undertaker.clone(), config);
             pipeline.writers.spawn(write_until_closed(writer, waiting.clone(), config, pipeline.closing.clone()));
         }
         pipeline.writers.close();
