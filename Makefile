@@ -2,7 +2,7 @@
 # but Rust; what it does is in Rust too (`src/dev`), so that `cargo` alone does the same.
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint fmt
+.PHONY: help dev test fuzz lint fmt
 
 help:
 	@echo 'OpsMantik tells which ad click, visit and page made the phone ring.'
@@ -10,6 +10,7 @@ help:
 	@echo '  make dev    run it here: PostgreSQL (installed if missing), a demo site and page, the server'
 	@echo '              its data stays in .opsmantik/; Ctrl-C stops all of it'
 	@echo '  make test   all tests, on a database of their own that is gone afterwards'
+	@echo '  make fuzz   what reads bytes from strangers, fed with inputs that look for trouble: four targets, FUZZ_SECONDS=60 each'
 	@echo '  make lint   what must hold before a commit: format, clippy'
 	@echo '  make fmt    format the sources'
 	@echo
@@ -21,6 +22,9 @@ dev:
 
 test:
 	@cargo test --locked $(ARGS)
+
+fuzz:
+	@fuzz/run $(ARGS)
 
 lint:
 	@cargo fmt --check

@@ -28,6 +28,8 @@ mod call;
 mod calls;
 mod codec;
 mod convert;
+#[doc(hidden)]
+pub mod fuzz;
 mod health;
 mod ingest;
 mod listen;

@@ -317,13 +317,11 @@ async fn a_replay_that_is_killed_goes_on_where_it_was_and_holds_a_page_however_m
     for program in &mut both {
         assert_eq!(program.ended().await.code(), Some(0), "{}", program.said());
     }
-    let untold =
-        format!("SELECT count(*) FROM dead_letters WHERE replayed_at IS NULL OR tries <> 2 OR last_error IS NOT NULL");
+    let untold = "SELECT count(*) FROM dead_letters WHERE replayed_at IS NULL OR tries <> 2 OR last_error IS NOT NULL";
     assert_eq!(database.count(untold).await, 0, "each was replayed once and once only");
     assert_eq!(database.count("SELECT count(*) FROM events").await, i64::from(LETTERS));
     assert_eq!(database.count("SELECT sum(event_count)::bigint FROM sessions").await, i64::from(LETTERS));
-    eprintln!("PEAK {most}");
-    assert!((1..96 << 10).contains(&most), "a replay held {most} KiB");
+    assert!((1..64 << 10).contains(&most), "a replay held {most} KiB");
 }
 
 #[tokio::test]
@@ -380,6 +378,10 @@ async fn a_long_list_is_read_by_pages_counted_from_an_index_and_cut_off_without_
         ("LIST_DEAD_LETTERS", "Index Scan Backward using dead_letters_"),
         ("COUNT_DEAD_LETTERS", "Index Only Scan using dead_letters_"),
     ] {
+        if name.starts_with("COUNT") {
+            // Of so few it may be as well to read them all.
+            database.admin.batch_execute("SET enable_seqscan = off").await.expect("set");
+        }
         let statement = STATEMENTS.iter().find(|statement| statement.name == name).expect("it is registered");
         let id = Uuid::max();
         let values: [&(dyn tokio_postgres::types::ToSql + Sync); 12] =
