@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use opsmantik::domain::campaign::{Campaign, ClickIds};
-use opsmantik::domain::event::{Arrival, Draft, Event, FieldNames};
-use opsmantik::domain::page::{Page, is_within, same_site};
-use opsmantik::domain::text::{MAX_SHORT, clean_some};
-use opsmantik::domain::traffic::{Traffic, TrafficRule, is_google_search_host};
+use opsmantik_fuzz::domain::campaign::{Campaign, ClickIds};
+use opsmantik_fuzz::domain::event::{Arrival, Draft, Event, FieldNames};
+use opsmantik_fuzz::domain::page::{Page, is_within, same_site};
+use opsmantik_fuzz::domain::text::{MAX_SHORT, clean_some};
+use opsmantik_fuzz::domain::traffic::{Traffic, TrafficRule, is_google_search_host};
 use opsmantik_fuzz::{SITE, check_event, check_merge, now};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 
@@ -58,7 +58,7 @@ fn check_page(address: &str) {
 
 fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
-    let lines: Vec<&str> = text.split('\n').take(32).collect();
+    let lines: Vec<&str> = text.split('\n').take(8).collect();
     let mut events = Vec::new();
     for (place, line) in lines.iter().enumerate() {
         check_page(line);

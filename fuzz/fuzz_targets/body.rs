@@ -2,9 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use opsmantik::domain::event::Event;
-use opsmantik::domain::job::Job;
-use opsmantik::http::wire::{self, Body, MAX_BATCH, MAX_BODY};
+use opsmantik_fuzz::domain::event::Event;
+use opsmantik_fuzz::domain::job::Job;
+use opsmantik_fuzz::http::wire::{self, Body, MAX_BATCH, MAX_BODY};
 use opsmantik_fuzz::{SITE, arrival, check_event, check_merge, now};
 
 fn accepted(bytes: &[u8]) -> Vec<Result<Event, String>> {

@@ -10,7 +10,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use libfuzzer_sys::fuzz_target;
-use opsmantik::http::signature::{SignatureError, Verifier};
+use opsmantik_fuzz::http::signature::{SignatureError, Verifier};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 

@@ -313,7 +313,7 @@ pub(super) fn stored_event(event: &stored::Event) -> proto::StoredEvent {
     }
 }
 
-pub(super) fn wire_object(fields: &Map<String, Value>, depth: usize) -> prost_types::Struct {
+fn wire_object(fields: &Map<String, Value>, depth: usize) -> prost_types::Struct {
     let fields = fields.iter().map(|(key, value)| (key.clone(), wire_value(value, depth + 1)));
     prost_types::Struct { fields: fields.collect() }
 }

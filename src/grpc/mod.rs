@@ -28,8 +28,6 @@ mod call;
 mod calls;
 mod codec;
 mod convert;
-#[doc(hidden)]
-pub mod fuzz;
 mod health;
 mod ingest;
 mod listen;

@@ -26,7 +26,7 @@ use crate::store::calls::Filter;
 const LISTED: TimeDelta = TimeDelta::days(30);
 
 /// A pushed call in the domain's vocabulary; whether it makes sense is the domain's question.
-pub(in crate::grpc) fn draft(call: PushedCall) -> Result<Draft, Refusal> {
+pub(super) fn draft(call: PushedCall) -> Result<Draft, Refusal> {
     let key = call.key.ok_or_else(|| Refusal::missing("key", "the call's identity at its provider"))?;
     let click_id = match call.click_id {
         Some(id) => Some((word("click_id.kind", id.kind)?, id.value)),

@@ -29,7 +29,7 @@ use crate::store::transaction::{Purpose, Transaction};
 use asked::Which;
 use record::Recorder;
 
-pub(super) mod asked;
+mod asked;
 mod record;
 mod wire;
 mod words;

@@ -1,16 +1,24 @@
-//! What the fuzz targets reach of this door's inside; see `fuzz/`. Nothing of the program calls it.
+//! Of the internal door, the conversion, and what of it is reached from outside here.
 
 use chrono::{DateTime, Utc};
-use prost::Message;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use super::{calls, convert, proto};
 use crate::domain::event::{Arrival, Draft, Event};
-use crate::domain::id::{SessionKey, SiteId};
+use crate::domain::id::SessionKey;
 use crate::domain::month::Month;
-use crate::domain::push::Push;
 use crate::domain::refusal::Refusal;
 use crate::domain::stored;
+
+#[path = "../../src/grpc/convert.rs"]
+mod convert;
+#[path = "../../src/grpc/session.rs"]
+mod session;
+
+/// The wire's words.
+#[allow(clippy::all, clippy::pedantic)] // generated
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/opsmantik.v1.rs"));
+}
 
 /// The event's id and site as they are answered, whatever else these bytes are.
 pub fn envelope(bytes: &[u8]) -> (String, String) {
@@ -20,10 +28,6 @@ pub fn envelope(bytes: &[u8]) -> (String, String) {
 
 pub fn read_event(bytes: &[u8], received_at: DateTime<Utc>) -> Result<(Draft, Arrival), Refusal> {
     convert::read(bytes, received_at)
-}
-
-pub fn wire_object(fields: &Map<String, Value>) -> prost_types::Struct {
-    convert::wire_object(fields, 0)
 }
 
 /// The event as a reader is shown it once it is stored.
@@ -42,11 +46,4 @@ pub fn stored(event: &Event) -> proto::StoredEvent {
         signals: event.signals,
         metadata: Value::Object(event.metadata.clone()),
     })
-}
-
-/// A pushed call, as far as the domain. None: these bytes are no message.
-pub fn read_push(bytes: &[u8], site: SiteId, received_at: DateTime<Utc>) -> Option<Result<Push, Refusal>> {
-    let call = proto::PushedCall::decode(bytes).ok()?;
-    let hash = |_: &_| [7; 32];
-    Some(calls::asked::draft(call).and_then(|draft| Push::accept(site, draft, Some("TR"), received_at, hash)))
 }
