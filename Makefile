@@ -12,6 +12,7 @@ help:
 	@echo '  make test   all tests, on a database of their own that is gone afterwards'
 	@echo '  make faults the fault table, the long form: all that breaks is broken again and again'
 	@echo '  make bench  what it can do on this machine, against references measured in the same run'
+	@echo '  make fuzz   what reads bytes from strangers, fed with inputs that look for trouble: four targets, FUZZ_SECONDS=60 each'
 	@echo '  make lint   what must hold before a commit: format, clippy'
 	@echo '  make fmt    format the sources'
 	@echo
@@ -29,6 +30,9 @@ faults:
 
 bench:
 	@cargo bench --locked --bench spine -- $(ARGS)
+
+fuzz:
+	@fuzz/run $(ARGS)
 
 lint:
 	@cargo fmt --check

@@ -9,6 +9,9 @@ use crate::secret::Secret;
 use crate::server::{Listeners, Server, Worker, asked_to_stop, hang_ups};
 use crate::store::Store;
 
+#[macro_use]
+mod output;
+
 mod dead_letters;
 mod partitions;
 mod site;
@@ -39,7 +42,7 @@ enum Command {
     /// List, make and drop the monthly partitions
     #[command(subcommand)]
     Partitions(partitions::Partitions),
-    /// Look at what was accepted and could not be stored
+    /// Look at what was accepted and could not be stored, and store it again
     #[command(subcommand)]
     DeadLetters(dead_letters::DeadLetters),
 }
@@ -63,30 +66,40 @@ struct Database {
 
 impl Database {
     async fn store(&self) -> anyhow::Result<Store> {
+        self.store_of(2).await
+    }
+
+    /// For a command that works with several connections at once.
+    async fn store_of(&self, connections: u32) -> anyhow::Result<Store> {
         let missing =
             ConfigError::Missing("DATABASE_URL", "the PostgreSQL database, postgres://user:password@host/name");
         let url = self.database_url.as_ref().filter(|url| !url.reveal().is_empty()).ok_or(missing)?;
-        Store::new(url.reveal(), 2).await
+        Store::new(url.reveal(), connections).await
     }
 }
 
 /// Runs the command that the process was called with.
 pub async fn run() -> anyhow::Result<()> {
-    match CommandLine::parse().command {
-        Command::Serve(serve) => serve.run().await,
-        Command::Dev(dev) => dev.run().await,
-        Command::Migrate(database) => {
-            let applied = database.store().await?.migrate().await?;
-            match applied.len() {
-                0 => println!("the schema is up to date"),
-                n => println!("{n} migrations applied: {}", applied.join(", ")),
+    output::ended(CommandLine::parse().command.run().await)
+}
+
+impl Command {
+    async fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Serve(serve) => serve.run().await,
+            Self::Dev(dev) => dev.run().await,
+            Self::Migrate(database) => {
+                let applied = database.store().await?.migrate().await?;
+                match applied.len() {
+                    0 => say!("the schema is up to date"),
+                    n => say!("{n} migrations applied: {}", applied.join(", ")),
+                }
             }
-            Ok(())
+            Self::Site(site) => site.run().await,
+            Self::Token(token) => token.run().await,
+            Self::Partitions(partitions) => partitions.run().await,
+            Self::DeadLetters(letters) => letters.run().await,
         }
-        Command::Site(site) => site.run().await,
-        Command::Token(token) => token.run().await,
-        Command::Partitions(partitions) => partitions.run().await,
-        Command::DeadLetters(letters) => letters.run().await,
     }
 }
 
@@ -115,10 +128,4 @@ impl Serve {
         server.stop().await;
         Ok(())
     }
-}
-
-/// Prints for a script: one JSON document on standard output.
-fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
 }

@@ -8,7 +8,8 @@ use chrono::{DateTime, Utc};
 use clap::Subcommand;
 use serde::Serialize;
 
-use super::{Database, print_json};
+use super::Database;
+use super::output::{Voice, print_json};
 use crate::domain::month::Month;
 use crate::keeper;
 use crate::store::partitions::{Leaf, LeafState};
@@ -121,20 +122,21 @@ impl MonthOfData {
         }
     }
 
-    fn print(&self) {
+    fn print(&self) -> anyhow::Result<()> {
         let Self { month, sessions_rows, events_rows, .. } = self;
         let state = if self.state == "whole" { String::new() } else { format!("  {}", self.state.to_uppercase()) };
-        println!("{month}  ~{sessions_rows} sessions  ~{events_rows} events  {}{state}", size(self.bytes));
+        say!("{month}  ~{sessions_rows} sessions  ~{events_rows} events  {}{state}", size(self.bytes))?;
         for leaf in self.leaves.iter().filter(|leaf| leaf.state != LeafState::Attached) {
             let Leaf { name, state, .. } = leaf;
             let whose = if leaf.ours { "" } else { ", not made like ours" };
-            println!("            {name} is {}{whose}", state.name());
+            say!("            {name} is {}{whose}", state.name())?;
         }
         for (table, leaf) in [("sessions", &self.sessions_leaf), ("events", &self.events_leaf)] {
             if leaf.is_none() && self.state == "incomplete" {
-                println!("            there is none of {table}");
+                say!("            there is none of {table}")?;
             }
         }
+        Ok(())
     }
 }
 
@@ -162,8 +164,7 @@ impl Partitions {
                 if json {
                     return print_json(&months);
                 }
-                months.iter().for_each(MonthOfData::print);
-                Ok(())
+                months.iter().try_for_each(MonthOfData::print)
             }
             Self::Ensure { database, months, json } => {
                 let store = database.store().await?;
@@ -176,14 +177,8 @@ impl Partitions {
                 }
                 match (json, made.is_empty()) {
                     (true, _) => print_json(&made),
-                    (false, true) => {
-                        println!("nothing was missing");
-                        Ok(())
-                    }
-                    (false, false) => {
-                        println!("made {}", made.join(", "));
-                        Ok(())
-                    }
+                    (false, true) => say!("nothing was missing"),
+                    (false, false) => say!("made {}", made.join(", ")),
                 }
             }
             Self::Drop(drop) => drop.run().await,
@@ -242,7 +237,8 @@ impl Drop {
             told.months.push(Doomed { month: MonthOfData::of(month, ours), matched_calls, dropped: false });
         }
         if !self.json {
-            told.print();
+            // What was asked for is done, whoever reads.
+            Voice::default().heed(told.print())?;
         }
         if self.yes && !told.months.is_empty() {
             let mut dropper = store.dropper(Instant::now() + Duration::from_secs(self.wait.into())).await?;
@@ -254,14 +250,8 @@ impl Drop {
         }
         match (self.json, self.yes) {
             (true, _) => print_json(&told),
-            (false, true) => {
-                println!("{} months dropped", told.months.len());
-                Ok(())
-            }
-            (false, false) => {
-                println!("nothing was changed: this was a dry run, --yes drops them");
-                Ok(())
-            }
+            (false, true) => say!("{} months dropped", told.months.len()),
+            (false, false) => say!("nothing was changed: this was a dry run, --yes drops them"),
         }
     }
 }
@@ -269,13 +259,13 @@ impl Drop {
 /// Progress, for people. What is waited for is told once.
 fn tell(step: Step, waiting: &mut Option<String>) {
     match step {
-        Step::Detached(leaf) => eprintln!("detached {leaf}"),
-        Step::Finished(leaf) => eprintln!("finished detaching {leaf}"),
-        Step::Dropped(leaf) => eprintln!("dropped {leaf}"),
+        Step::Detached(leaf) => note!("detached {leaf}"),
+        Step::Finished(leaf) => note!("finished detaching {leaf}"),
+        Step::Dropped(leaf) => note!("dropped {leaf}"),
         Step::Waiting { at, for_what } => {
             let line = format!("{at}: waiting for {for_what}");
             if waiting.as_ref() != Some(&line) {
-                eprintln!("{line}");
+                note!("{line}");
                 *waiting = Some(line);
             }
             return;
@@ -285,21 +275,22 @@ fn tell(step: Step, waiting: &mut Option<String>) {
 }
 
 impl Told {
-    fn print(&self) {
+    fn print(&self) -> anyhow::Result<()> {
         for doomed in &self.months {
-            doomed.month.print();
+            doomed.month.print()?;
             if doomed.matched_calls > 0 {
-                println!(
+                say!(
                     "            {} calls are matched to its visits: they stay, and keep their match",
                     doomed.matched_calls
-                );
+                )?;
             }
         }
         for month in &self.absent {
-            println!("{month}  is not there");
+            say!("{month}  is not there")?;
         }
         for name in &self.left_alone {
-            println!("{name} is left alone: it has the name of a leaf and is not made like one");
+            say!("{name} is left alone: it has the name of a leaf and is not made like one")?;
         }
+        Ok(())
     }
 }

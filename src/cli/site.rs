@@ -5,7 +5,8 @@ use clap::Subcommand;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Database, print_json};
+use super::Database;
+use super::output::print_json;
 use crate::domain::origin::{parse_domain, parse_extra_origin};
 use crate::domain::site::Site as StoredSite;
 use crate::domain::telephone;
@@ -88,8 +89,7 @@ fn shown(site: &StoredSite, name: &str) -> serde_json::Value {
 }
 
 fn print_site(site: &StoredSite, name: &str) -> anyhow::Result<()> {
-    println!("{}  {}  {}  {}  {}", site.id, site.public_id, site.domain, name, site.origins.join(" "));
-    Ok(())
+    say!("{}  {}  {}  {}  {}", site.id, site.public_id, site.domain, name, site.origins.join(" "))
 }
 
 fn named(name: &str) -> anyhow::Result<String> {

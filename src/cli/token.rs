@@ -8,7 +8,8 @@ use clap::Subcommand;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Database, print_json};
+use super::Database;
+use super::output::print_json;
 use crate::access::ApiToken;
 use crate::domain::access::Scope;
 use crate::domain::id::{SiteId, TokenId};
@@ -123,8 +124,7 @@ impl Token {
                 if json {
                     return print_json(&tokens);
                 }
-                tokens.iter().for_each(|token| println!("{}", line(token)));
-                Ok(())
+                tokens.iter().try_for_each(|token| say!("{}", line(token)))
             }
             Self::Revoke { database, id, json } => match database.store().await?.revoke_token(id).await? {
                 None => bail!("there is no token {id}: see `opsmantik token list`"),
@@ -137,10 +137,9 @@ impl Token {
                         return print_json(&json!({"id": id, "revoked": true, "already_revoked_at": before}));
                     }
                     match before {
-                        None => println!("{id} is revoked; running servers stop taking it within five seconds"),
-                        Some(at) => println!("{id} was revoked already, at {}", at.to_rfc3339()),
+                        None => say!("{id} is revoked; running servers stop taking it within five seconds"),
+                        Some(at) => say!("{id} was revoked already, at {}", at.to_rfc3339()),
                     }
-                    Ok(())
                 }
             },
             Self::Rotate { database, id, grace, json } => {
@@ -184,7 +183,7 @@ async fn site(store: &Store, text: &str) -> anyhow::Result<SiteId> {
 }
 
 /// A whole number of seconds, minutes, hours, days or weeks, more than none.
-fn time(text: &str) -> Option<Duration> {
+pub(super) fn time(text: &str) -> Option<Duration> {
     let text = text.trim();
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let unit = match unit {
@@ -225,9 +224,9 @@ fn print_once(token: &ApiToken, row: &TokenRow, json: bool) -> anyhow::Result<()
             "scopes": row.scopes, "name": row.name, "expires_at": row.expires_at,
         }));
     }
-    println!("{}", token.reveal());
-    eprintln!("{}", line(row));
-    eprintln!("Keep the token: it is not shown again. `opsmantik token revoke {}` ends it.", row.id);
+    say!("{}", token.reveal())?;
+    note!("{}", line(row));
+    note!("Keep the token: it is not shown again. `opsmantik token revoke {}` ends it.", row.id);
     Ok(())
 }
 

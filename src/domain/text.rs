@@ -118,6 +118,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_as_text_is_the_json_that_it_was() {
+        let deep = |text: &str| (0..80).fold(json!({"k\0": text}), |inner, _| json!([inner]));
+        let mut kept = clean_json(deep(r"C:\u0000 a\0b"));
+        while let Value::Array(mut items) = kept {
+            kept = items.remove(0);
+        }
+        let inner: Value = serde_json::from_str(kept.as_str().unwrap_or_default()).unwrap_or_default();
+        assert_eq!(inner.to_string().matches(r"C:\\u0000 a\\0b").count(), 1, "a backslash is no NUL: {kept}");
+        let dirty = clean_json(deep("a\0b")).to_string();
+        assert!(dirty.contains("ab") && !dirty.contains("u0000"), "{dirty}");
+    }
+
+    #[test]
     fn numbers_come_as_numbers_or_text() {
         assert_eq!(number(&json!("1,5")), Some(1.5));
         assert_eq!(number(&json!(50)), Some(50.0));

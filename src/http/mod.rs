@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! browser ─▶ sync   ─▶ wire ─▶ domain ─▶ transport (queue, or the pipeline itself)
-//! QStash  ─▶ worker ─▶ signature ─▶ job ─▶ pipeline
+//! QStash  ─▶ worker ─▶ signature ─▶ delivery ─▶ pipeline
 //!                └───────── answer: one mapping from outcomes to answers ─────────┘
 //! ```
 //!
@@ -37,6 +37,7 @@ pub mod answer;
 mod body;
 pub mod client_address;
 mod cors;
+pub mod delivery;
 mod early;
 pub mod limit;
 mod reading;

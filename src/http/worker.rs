@@ -2,8 +2,8 @@
 //!
 //! Delivery is at least once and in any order; exactly-once is ours, by the event's id. The signature comes first, over the raw bytes. What can never
 //! be stored is buried in `dead_letters` and only then answered 489, which stops QStash; while it cannot be buried either, QStash keeps it
-//! (503) and hears when to come again, so that its few retries outlast a night without a database. A delivery is our own [`Job`], or the
-//! tracker's JSON from another producer, with an `id` in every event.
+//! (503) and hears when to come again, so that its few retries outlast a night without a database. What a delivery says is read in
+//! [`delivery`](super::delivery).
 
 use std::time::Duration;
 
@@ -14,12 +14,10 @@ use http::Method;
 use http::header::RETRY_AFTER;
 
 use super::answer::{self, Problem};
-use super::wire::{self, Body};
+use super::delivery::{self, Corpse};
 use super::{PublicState, body, early};
-use crate::domain::event::{Arrival, Event};
-use crate::domain::id::{DeadLetterId, EventId, SiteId};
-use crate::domain::job::Job;
-use crate::domain::outcome::{DeathReason, Unavailable};
+use crate::domain::id::DeadLetterId;
+use crate::domain::outcome::Unavailable;
 use crate::pipeline::Pressure;
 use crate::store::dead_letters::DeadLetter;
 
@@ -63,28 +61,9 @@ fn patient(mut response: Response, retried: usize) -> Response {
     response
 }
 
-/// What of a delivery can never be stored.
-#[derive(Debug)]
-struct Corpse {
-    reason: DeathReason,
-    detail: String,
-    site_id: Option<SiteId>,
-    event_id: Option<EventId>,
-}
-
-impl Corpse {
-    fn malformed(detail: impl ToString) -> Self {
-        Self { reason: DeathReason::MalformedJob, detail: detail.to_string(), site_id: None, event_id: None }
-    }
-
-    fn of_unknown_site(detail: impl ToString) -> Self {
-        Self { reason: DeathReason::UnknownSite, ..Self::malformed(detail) }
-    }
-}
-
 async fn take(state: &PublicState, bytes: &[u8]) -> Result<Response, Problem> {
     let now = Utc::now();
-    let (events, corpse) = read(state, bytes, now).await?;
+    let (events, corpse) = delivery::read(&state.directory, bytes, now).await?;
     let outcomes = match events.is_empty() {
         true => Vec::new(),
         false => state.pipeline.submit(events).await,
@@ -100,70 +79,6 @@ async fn take(state: &PublicState, bytes: &[u8]) -> Result<Response, Problem> {
         }
         (None, answer) => answer,
     }
-}
-
-/// The events of a delivery, and what of it is dead already. One corpse is enough: it is buried with the whole delivery.
-async fn read(
-    state: &PublicState,
-    bytes: &[u8],
-    now: DateTime<Utc>,
-) -> Result<(Vec<Event>, Option<Corpse>), Unavailable> {
-    if is_job(bytes) {
-        let text = String::from_utf8_lossy(bytes);
-        let event = match Job::event_from_json(&text, now) {
-            Ok(event) => event,
-            Err(error) => return Ok((Vec::new(), Some(Corpse::malformed(error)))),
-        };
-        if state.directory.site_by_id(event.site_id).await?.is_some() {
-            return Ok((vec![event], None));
-        }
-        let corpse = Corpse::of_unknown_site("no site has the id of the job's event");
-        return Ok((Vec::new(), Some(Corpse { site_id: Some(event.site_id), event_id: Some(event.id), ..corpse })));
-    }
-    let read = match wire::read(bytes) {
-        Ok(Body::One(event)) => vec![*event],
-        Ok(Body::Batch(events)) => events,
-        Err(refusal) => return Ok((Vec::new(), Some(Corpse::malformed(refusal)))),
-    };
-    let (mut events, mut corpse) = (Vec::with_capacity(read.len()), None);
-    for wire in read {
-        let site = match &wire.site {
-            Ok(text) => state.directory.site_for_sure(text).await?,
-            Err(refusal) => {
-                corpse = corpse.or(Some(Corpse::malformed(refusal)));
-                continue;
-            }
-        };
-        let Some(site) = site else {
-            corpse = corpse.or(Some(Corpse::of_unknown_site(wire.unknown_site())));
-            continue;
-        };
-        let id = wire.event_id(site.id);
-        let accepted = match id {
-            Some(_) => wire.accept(site.id, &Arrival::at(now)),
-            None => Err(wire.without_id()),
-        };
-        match accepted {
-            Ok(event) => events.push(event),
-            Err(refusal) => {
-                let dead = Corpse { site_id: Some(site.id), event_id: id, ..Corpse::malformed(refusal) };
-                corpse = corpse.or(Some(dead));
-            }
-        }
-    }
-    Ok((events, corpse))
-}
-
-/// A job has a version and an event; a tracker's event has neither at its top.
-fn is_job(bytes: &[u8]) -> bool {
-    #[derive(serde::Deserialize)]
-    struct Marks<'a> {
-        #[serde(borrow)]
-        v: Option<&'a serde_json::value::RawValue>,
-        #[serde(borrow)]
-        event: Option<&'a serde_json::value::RawValue>,
-    }
-    serde_json::from_slice::<Marks<'_>>(bytes).is_ok_and(|marks| marks.v.is_some() && marks.event.is_some())
 }
 
 async fn bury(state: &PublicState, bytes: &[u8], corpse: Corpse, now: DateTime<Utc>) -> Result<(), Unavailable> {

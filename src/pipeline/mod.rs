@@ -27,6 +27,7 @@ use crate::domain::id::SiteId;
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::keeper::Nudge;
 use crate::store::Store;
+use crate::store::dead_letters::Undertaker;
 use crate::telemetry;
 use waiting::WaitingRoom;
 
@@ -103,10 +104,16 @@ pub struct Pipeline {
 impl Pipeline {
     /// Starts the writers. They end when [`Pipeline::drain`] is called.
     pub fn start(store: Store, keeper: Nudge, config: PipelineConfig) -> Self {
+        let undertaker = Arc::new(store.clone());
+        Self::start_with(store, keeper, undertaker, config)
+    }
+
+    /// The same with somebody else who keeps what dies: who replays dead letters has them already.
+    pub fn start_with(store: Store, keeper: Nudge, undertaker: Arc<dyn Undertaker>, config: PipelineConfig) -> Self {
         let room = Arc::new(WaitingRoom::new(config));
         let pipeline = Self { room: room.clone(), writers: TaskTracker::new(), closing: CancellationToken::new() };
         for _ in 0..config.writers.max(1) {
-            let writer = writer::Writer::new(store.clone(), keeper.clone(), config);
+            let writer = writer::Writer::new(store.clone(), keeper.clone(), undertaker.clone(), config);
             pipeline.writers.spawn(write_until_closed(writer, room.clone()));
         }
         pipeline.writers.spawn(sweep(room, config.patience * 3 / 4, pipeline.closing.clone()));

@@ -5,6 +5,7 @@
 //! have no partition yet are made on the way, within bounds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
@@ -20,7 +21,7 @@ use crate::domain::month::Month;
 use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
 use crate::keeper::{self, Nudge};
 use crate::store::Store;
-use crate::store::dead_letters::DeadLetter;
+use crate::store::dead_letters::{DeadLetter, Undertaker};
 use crate::store::error::{Fault, StoreError};
 use crate::telemetry;
 
@@ -44,6 +45,7 @@ const MAKE_TRIES: usize = 3;
 pub(super) struct Writer {
     store: Store,
     keeper: Nudge,
+    undertaker: Arc<dyn Undertaker>,
     config: PipelineConfig,
 }
 
@@ -51,8 +53,8 @@ pub(super) struct Writer {
 type Group = Vec<(usize, Event)>;
 
 impl Writer {
-    pub(super) fn new(store: Store, keeper: Nudge, config: PipelineConfig) -> Self {
-        Self { store, keeper, config }
+    pub(super) fn new(store: Store, keeper: Nudge, undertaker: Arc<dyn Undertaker>, config: PipelineConfig) -> Self {
+        Self { store, keeper, undertaker, config }
     }
 
     /// One outcome an event, in the order of `events`, the oldest of which came in at `since`.
@@ -238,12 +240,9 @@ impl Writer {
             payload,
             received_at: event.arrived_at(),
         };
-        let buried = timeout_at(deadline + BURY_WITHIN, self.store.bury(&letter)).await;
+        let buried = timeout_at(deadline + BURY_WITHIN, self.undertaker.bury(&letter)).await;
         match buried.unwrap_or_else(|_| Err(StoreError::too_slow("bury"))) {
-            Ok(()) => {
-                tracing::warn!(event.id = %event.id, site.id = %event.site_id, reason = reason.code(), %error, "an event died");
-                Outcome::Dead(reason)
-            }
+            Ok(()) => Outcome::Dead(reason),
             Err(error) => {
                 tracing::error!(%error, "cannot keep a dead letter");
                 Outcome::Unavailable(Unavailable::Database)

@@ -180,7 +180,8 @@ async fn help_teaches_and_names_the_variables() {
         (&["site", "list"], vec![database, "--json"]),
         (&["partitions", "list"], vec![database, "--json"]),
         (&["partitions", "ensure"], vec![database, "--month", "--json"]),
-        (&["dead-letters", "list"], vec![database, "--reason", "--json"]),
+        (&["dead-letters", "list"], vec![database, "--reason", "--count", "--after", "--json"]),
+        (&["dead-letters", "replay"], vec![database, "--all", "--dry-run", "--again", "--since", "--json"]),
         (&["dead-letters", "show"], vec![database]),
     ] {
         let help = run(&[args, &["--help"]].concat(), &[("DATABASE_URL", "postgres://u:hunter2@h/d")]).await;

@@ -38,6 +38,7 @@ pub fn sample(statement: &Statement, site: SiteId) -> (Vec<Box<dyn ToSql + Sync 
                 months.insert(month(next));
                 Box::new(vec![day])
             }
+            Type::BOOL => Box::new(true),
             Type::UUID => Box::new(site.as_uuid()),
             Type::UUID_ARRAY => Box::new(vec![site.as_uuid()]),
             // Reads as a number, too: what is cast is cast when the statement is planned.

@@ -120,7 +120,7 @@ pub const TABLES: &[(&str, &[&str])] = &[
         "public.dead_letters",
         &[
             "table, row security forced, identity key",
-            "opsmantik_service may INSERT, SELECT, UPDATE (last_error, tries)",
+            "opsmantik_service may INSERT, SELECT, UPDATE (last_error, replayed_at, tries)",
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
             "opsmantik_operator may SELECT, UPDATE (last_error, replayed_at, tries)",
             "policy opsmantik_operator, ALL to opsmantik_operator using true check true",

@@ -94,7 +94,9 @@ pub fn writes(actor: &Actor, table: &Table) -> (Columns, May) {
         ("opsmantik_service", "public.calls") => {
             (Columns::But(&["site_id", "id", "provider", "provider_call_id", "created_at", "updated_at"]), May::Of(ALL))
         }
-        ("opsmantik_service", "public.dead_letters") => (Columns::Only(&["tries", "last_error"]), May::Of(ALL)),
+        ("opsmantik_service", "public.dead_letters") => {
+            (Columns::Only(&["tries", "last_error", "replayed_at"]), May::Of(ALL))
+        }
         ("opsmantik_service", "public.api_tokens") => (Columns::Only(&["last_used_at"]), May::Of(ALL)),
         ("opsmantik_operator", "public.sites") => (Columns::But(&["id", "public_id", "created_at"]), May::Of(ALL)),
         ("opsmantik_operator", "public.site_members") => (Columns::Only(&["role"]), May::Of(ALL)),
