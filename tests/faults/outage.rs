@@ -23,7 +23,9 @@ use crate::world::World;
 /// A visitor comes this often: on a machine that is busy with other things, too, they are no load.
 const EVERY: Duration = Duration::from_millis(120);
 /// So many visitors before the fault, and so long after it they still come.
-const BEFORE: u32 = 10;
+const BEFORE: u32 = 12;
+/// The first of them.
+const COLD: usize = 5;
 /// A telephone call passes more gates than an event, each of which is waited for.
 const CALLS_LATER: Duration = Duration::from_secs(6);
 /// What the looks of the server itself may be later than its answers.
@@ -120,8 +122,10 @@ impl Stage {
         let probes = visitors.await.expect("the visitors do not panic");
         self.next += u32::try_from(probes.len()).expect("a few hundred");
         // What an answer takes on this machine while nothing is wrong: it may be busy with other things.
-        let calm = probes.iter().filter(|probe| probe.began + probe.took < began).map(|probe| probe.took).max();
-        let calm = calm.unwrap_or_default();
+        let mut calm: Vec<_> = probes.iter().filter(|probe| probe.began + probe.took < began).collect();
+        calm.sort_by_key(|probe| probe.began);
+        // The first ones meet a server that has no connection yet.
+        let calm = calm.iter().skip(COLD).map(|probe| probe.took).max().unwrap_or_default();
         let bounds = Bounds {
             answer: bounds.answer + calm * 2,
             recovery: bounds.recovery + calm,

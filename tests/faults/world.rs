@@ -26,10 +26,15 @@ const BEGAN: TimeDelta = TimeDelta::hours(6);
 const SPAN: i64 = 120;
 /// Calls are of the first minutes. An event of a call's time has it matched again, which is the slow part of a run.
 const CALLS_SPAN: i64 = 50;
+/// One call comes with so many events.
+pub const CALLS_IN: u32 = 15;
 /// Visits of one round.
 const VISITS: u32 = 24;
-/// Browsers whose visits may follow each other.
+/// Browsers whose visits may follow each other, of a few rounds in a row.
 const BROWSERS: u32 = 24;
+const ROUNDS_IN_COMMON: u32 = 3;
+/// Numbers that are called, of a round.
+const NUMBERS: u32 = 3;
 
 /// How an event comes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -75,8 +80,13 @@ pub struct Told {
     value: Option<f64>,
 }
 
-fn number(n: u32) -> String {
-    format!("+120255501{:02}", n % 8)
+/// A number that is dialled. Rounds have their own, and nearly their own browsers, or each would have the calls of all before it matched again.
+fn number(round: u32, lot: &mut StdRng) -> String {
+    format!("+120255501{:02}", (round * NUMBERS + lot.random_range(0..NUMBERS)) % 100)
+}
+
+fn browser(round: u32, n: u32) -> String {
+    format!("f{}-{}", round / ROUNDS_IN_COMMON, n % BROWSERS)
 }
 
 impl World {
@@ -97,12 +107,11 @@ impl World {
         let door = *doors.choose(&mut lot).expect("there are doors");
         let at = self.base + TimeDelta::milliseconds(lot.random_range(0..SPAN * 60_000));
         // A paid visit makes followers of later ones of its browser; where arrival is the server's own, no two visits share one.
-        let fingerprint =
-            if timed { format!("f{}", (round * 7 + visit) % BROWSERS) } else { format!("e{round}-{visit}") };
+        let fingerprint = if timed { browser(round, round * 7 + visit) } else { format!("e{round}-{visit}") };
         let paid = visit % 3 == 0 && lot.random_bool(0.5);
         let query = if paid { format!("?gclid=g{n}&utm_source=s{n}") } else { String::new() };
         let (category, action, label, value) = match lot.random_range(0..6) {
-            0 => ("conversion", "phone_call", Some(format!("tel:{}", number(lot.random_range(0..8)))), None),
+            0 => ("conversion", "phone_call", Some(format!("tel:{}", number(round, &mut lot))), None),
             1 => ("interaction", "scroll_depth", None, Some(f64::from(lot.random_range(0..100)))),
             2 => ("interaction", "hover_intent", Some(format!("button {n}")), None),
             _ => ("interaction", "view", None, None),
@@ -126,14 +135,14 @@ impl World {
     pub fn call(&self, n: u32) -> proto::PushedCall {
         let mut lot = self.lot(n, 2);
         let at = self.base + TimeDelta::seconds(lot.random_range(0..CALLS_SPAN * 60));
-        let browser = lot.random_range(0..BROWSERS);
+        let (round, caller) = (n.saturating_sub(1) / (self.each / CALLS_IN), lot.random_range(0..BROWSERS));
         proto::PushedCall {
             site: PUBLIC_ID.to_owned(),
             key: Some(proto::ProviderCallKey { provider: "faults".to_owned(), provider_call_id: n.to_string() }),
-            dialled_number: number(lot.random_range(0..8)),
+            dialled_number: number(round, &mut lot),
             caller_number: Some(CALLER.to_owned()),
             started_at: Some(timestamp(at)),
-            fingerprint: lot.random_bool(0.4).then(|| format!("f{browser}")),
+            fingerprint: lot.random_bool(0.4).then(|| browser(round, caller)),
             ..proto::PushedCall::default()
         }
     }

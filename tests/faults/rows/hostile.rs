@@ -2,7 +2,7 @@
 //! answered or closed, and the server's memory stays within bounds.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -140,7 +140,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// HTTP/2 rapid reset: requests that are taken back as soon as they are made.
-async fn resetting(server: SocketAddr, path: &'static str, resets: u32) -> Complaint {
+async fn resetting(server: SocketAddr, path: &'static str, resets: u32, cut: Arc<AtomicU32>) -> Complaint {
     let Ok(stream) = TcpStream::connect(server).await else { return None };
     let (mut from, mut to) = stream.into_split();
     // POST, http, the path, an authority and gRPC's content type, as HPACK writes them without a table.
@@ -154,6 +154,7 @@ async fn resetting(server: SocketAddr, path: &'static str, resets: u32) -> Compl
             bytes.extend(frame(3, 0, 2 * n + 1, &8_u32.to_be_bytes()));
             if bytes.len() > 16 << 10 {
                 if to.write_all(&bytes).await.is_err() {
+                    cut.fetch_add(1, Ordering::Relaxed);
                     return;
                 }
                 bytes.clear();
@@ -288,10 +289,12 @@ impl Rig {
         for n in 0..scale.idle_grpc {
             peers.spawn(async move { vec![idle("gRPC", grpc, n).await] });
         }
+        let cut = Arc::new(AtomicU32::new(0));
         for _ in 0..scale.resetting {
-            let resets = scale.resets;
-            peers.spawn(async move { vec![resetting(http, "/api/sync", resets).await] });
-            peers.spawn(async move { vec![resetting(grpc, "/opsmantik.v1.IngestService/Ingest", resets).await] });
+            for (door, path) in [(http, "/api/sync"), (grpc, "/opsmantik.v1.IngestService/Ingest")] {
+                let (resets, cut) = (scale.resets, cut.clone());
+                peers.spawn(async move { vec![resetting(door, path, resets, cut).await] });
+            }
         }
         peers.spawn(monstrous(self.server.sync_url()));
         while let Some(complaints) = peers.join_next().await {
@@ -302,6 +305,11 @@ impl Rig {
         done.store(true, Ordering::Relaxed);
         let heard = good.await.expect("they do not panic");
         report.demand(heard.len() >= 10, format!("only {} visitors who mean well were served", heard.len()));
+        let (cut, all) = (cut.load(Ordering::Relaxed), scale.resetting * 2);
+        report.note(format!(
+            "{cut} of {all} peers that took back {} requests each were cut off before they were through",
+            scale.resets
+        ));
         report.note(format!("{} visitors and services who mean well came by meanwhile", heard.len()));
         for (n, said, took) in heard {
             self.next = self.next.max(n);

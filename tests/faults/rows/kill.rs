@@ -18,7 +18,7 @@ use crate::report::Report;
 use crate::support::database::{Database, connect, database};
 use crate::support::private::{Private, Shutdown};
 use crate::support::process::Server;
-use crate::world::{Door, PUBLIC_ID, SITE, World};
+use crate::world::{CALLS_IN, Door, PUBLIC_ID, SITE, World};
 
 /// Events of a round, and of the short form; one more in fifteen is a call.
 const EVENTS: u32 = 300;
@@ -44,7 +44,7 @@ impl Scene {
 
     pub fn work(&self, round: u32) -> Work {
         let numbers = |each: u32| (round * each + 1..=(round + 1) * each).collect();
-        let work = Work { events: numbers(self.events), calls: numbers(self.events / 15) };
+        let work = Work { events: numbers(self.events), calls: numbers(self.events / CALLS_IN) };
         debug_assert_eq!(ledger::doors_of(&self.world, &work).len(), Door::ALL.len(), "every door is used");
         work
     }

@@ -111,7 +111,7 @@ pub async fn row(plan: Plan) -> Report {
     let found = tokio::task::spawn_blocking(|| require(Tool::Pgbouncer)).await.expect("it does not panic");
     let program = match found {
         Ok(found) => found.path,
-        Err(missing) => return Report::skipped(missing),
+        Err(missing) => return Report::without(missing),
     };
     let mut scene = Scene::new(&plan);
     let database = shop(database().await).await;
