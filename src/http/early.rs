@@ -19,17 +19,17 @@ use serde::Deserialize;
 use super::PublicState;
 use super::answer::Problem;
 use super::cors::Sender;
-use super::turn::in_turn;
+use super::turn::Asking;
 use crate::domain::outcome::Unavailable;
 use crate::pipeline::Pressure;
 
 /// The answer, if it is certain that nothing of this body would be taken. None as well for what has to be read to know what is wrong with it.
-pub(super) async fn refusal(state: &PublicState, sender: &Sender, bytes: &[u8]) -> Option<Response> {
+pub(super) async fn refusal(state: &PublicState, sender: &Sender, asking: Asking, bytes: &[u8]) -> Option<Response> {
     match state.transport.pressure() {
         Pressure::Low => None,
         Pressure::Full => Some(sender.shown_to_customers(&state.directory, busy()).await),
         Pressure::High => {
-            let glance: Glance<'_> = in_turn(|| serde_json::from_slice(bytes)).await.ok()?;
+            let glance: Glance<'_> = asking.in_turn(|| serde_json::from_slice(bytes)).await.ok()?;
             let name = glance.site()?;
             let site = state.directory.site(name).await.ok()??;
             sender.admit(&site).ok()?;

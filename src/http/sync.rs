@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use super::answer::{self, Fate, Problem};
 use super::body::{self, Held};
 use super::cors::{Sender, hidden};
-use super::turn::{in_turn, turn};
+use super::turn::Asking;
 use super::wire::{self, Body, WireEvent};
 use super::{PublicState, client_address, early, peer};
 use crate::domain::event::Arrival;
@@ -33,6 +33,8 @@ struct Caller {
     sender: Sender,
     address: IpAddr,
     arrival: Arrival,
+    /// For its turns with the processors.
+    asking: Asking,
 }
 
 pub async fn sync(State(state): State<PublicState>, request: Request) -> Response {
@@ -58,15 +60,16 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
         Ok(bytes) => bytes,
         Err(problem) => return sender.shown_to_customers(&state.directory, problem).await,
     };
-    if let Some(refusal) = early::refusal(&state, &sender, &bytes).await {
+    let asking = Asking::of(&parts.headers, bytes.len());
+    if let Some(refusal) = early::refusal(&state, &sender, asking, &bytes).await {
         return refusal;
     }
-    super::to_the_end(take(state, Caller { sender, address, arrival }, bytes)).await
+    super::to_the_end(take(state, Caller { sender, address, arrival, asking }, bytes)).await
 }
 
 async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
     let (bytes, _room) = read.apart();
-    let found = find_site(&state, &bytes).await;
+    let found = find_site(&state, caller.asking, &bytes).await;
     // What was understood is kept, what was read no longer.
     drop(bytes);
     let (body, site) = match found {
@@ -83,8 +86,8 @@ async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
 }
 
 /// Reads the body as far as its site, and looks that up.
-async fn find_site(state: &PublicState, bytes: &[u8]) -> Result<(Body, Arc<Site>), Problem> {
-    let body = in_turn(|| wire::read(bytes)).await?;
+async fn find_site(state: &PublicState, asking: Asking, bytes: &[u8]) -> Result<(Body, Arc<Site>), Problem> {
+    let body = asking.in_turn(|| wire::read(bytes)).await?;
     let events = match &body {
         Body::One(event) => std::slice::from_ref(&**event),
         Body::Batch(events) => events,
@@ -103,7 +106,7 @@ async fn hand_over(state: &PublicState, caller: &Caller, site: &Site, body: Body
     state.limit.check(site.id, caller.address).map_err(Problem::rate_limited)?;
     match body {
         Body::One(event) => {
-            let event = in_turn(|| event.accept(site.id, &caller.arrival)).await?;
+            let event = caller.asking.in_turn(|| event.accept(site.id, &caller.arrival)).await?;
             let id = event.id;
             let verdicts = state.transport.hand_over(vec![event]).await;
             answer::to_one(id, *verdicts.first().ok_or_else(Problem::internal)?)
@@ -120,7 +123,7 @@ async fn hand_over_batch(
 ) -> Result<Response, Problem> {
     let mut accepted = Vec::with_capacity(read.len());
     let mut fates = Vec::with_capacity(read.len());
-    let turn = turn().await;
+    let turn = caller.asking.turn().await;
     for (at, wire) in read.into_iter().enumerate() {
         if at % IN_A_ROW == IN_A_ROW - 1 {
             tokio::task::yield_now().await;

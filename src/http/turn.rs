@@ -1,26 +1,137 @@
-//! Understanding requests in turn: only as many at once as there are processors.
+//! Understanding requests in turn: only as many at once as there are processors, pages of every origin in their turn.
 //!
 //! To read and check a batch takes a processor for a while. Were all that have arrived ready to run at once, then whoever writes to the database
 //! would stand in line behind them at every step, with locks held, and the more is offered the less would be stored. So those who have to wait do
-//! it here, and within a long piece of work the others get a chance now and then.
+//! it here, and within a long piece of work the others get a chance now and then. What site a request is of is not known yet; its `Origin`
+//! stands for that, so that the pages of one do not wait behind those of another.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::mem;
 use std::num::NonZeroUsize;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use http::HeaderMap;
+use http::header::ORIGIN;
+use tokio::sync::oneshot;
 
-static TURNS: LazyLock<Semaphore> =
-    LazyLock::new(|| Semaphore::new(available_parallelism().map_or(1, NonZeroUsize::get)));
+use crate::pipeline::queue::FairQueue;
 
-/// A turn; over when it is dropped. Nothing is waited for within it.
-pub(super) async fn turn() -> Option<SemaphorePermit<'static>> {
-    // Never closed.
-    TURNS.acquire().await.ok()
+/// Bytes of bodies that are understood for one origin in a row, where others wait.
+const QUANTUM: usize = 32 << 10;
+
+static TURNS: LazyLock<Mutex<Turns>> = LazyLock::new(|| {
+    let free = available_parallelism().map_or(1, NonZeroUsize::get);
+    Mutex::new(Turns { free, waiting: FairQueue::new(QUANTUM) })
+});
+
+struct Turns {
+    free: usize,
+    waiting: FairQueue<u64, oneshot::Sender<Turn>>,
 }
 
-/// Does a short piece of work in a turn of its own.
-pub(super) async fn in_turn<T>(work: impl FnOnce() -> T) -> T {
-    let _turn = turn().await;
-    work()
+fn turns() -> MutexGuard<'static, Turns> {
+    TURNS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Who waits for a turn, and for how much work.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asking {
+    origin: u64,
+    bytes: usize,
+}
+
+impl Asking {
+    pub(super) fn of(headers: &HeaderMap, bytes: usize) -> Self {
+        let mut hasher = DefaultHasher::new();
+        headers.get(ORIGIN).map(|origin| origin.as_bytes()).hash(&mut hasher);
+        Self { origin: hasher.finish(), bytes }
+    }
+
+    /// Waits for a turn. Within it nothing else is waited for.
+    pub(super) async fn turn(self) -> Turn {
+        loop {
+            let mine = {
+                let mut turns = turns();
+                if turns.free > 0 {
+                    turns.free -= 1;
+                    return Turn(());
+                }
+                let (sender, mine) = oneshot::channel();
+                turns.waiting.push(self.origin, self.bytes, sender);
+                mine
+            };
+            // Turns are passed on, so this one comes.
+            if let Ok(turn) = mine.await {
+                return turn;
+            }
+        }
+    }
+
+    /// Does a short piece of work in a turn of its own.
+    pub(super) async fn in_turn<T>(self, work: impl FnOnce() -> T) -> T {
+        let _turn = self.turn().await;
+        work()
+    }
+}
+
+/// A turn; passed on when it is dropped, also by whoever was given it and does not want it any more.
+#[derive(Debug)]
+pub(super) struct Turn(());
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        loop {
+            let next = {
+                let mut turns = turns();
+                let next = turns.waiting.pop();
+                turns.free += usize::from(next.is_none());
+                next
+            };
+            let Some((_, next)) = next else { return };
+            match next.send(Turn(())) {
+                Ok(()) => return,
+                // Whoever waited has gone: the same turn is offered to the next one.
+                Err(unwanted) => mem::forget(unwanted),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+    use std::sync::Arc;
+    use tokio::task::JoinSet;
+
+    fn asking(origin: &'static str, bytes: usize) -> Asking {
+        Asking::of(&HeaderMap::from_iter([(ORIGIN, HeaderValue::from_static(origin))]), bytes)
+    }
+
+    #[tokio::test]
+    async fn every_origin_has_its_turn_and_none_is_lost() {
+        let all = turns().free;
+        let held: Vec<Turn> = futures::future::join_all((0..all).map(|_| asking("x", 1).turn())).await;
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let mut waiting = JoinSet::new();
+        for origin in [["https://loud.example"; 20].as_slice(), &["https://quiet.example"]].concat() {
+            let order = order.clone();
+            waiting.spawn(async move {
+                let work = || order.lock().unwrap_or_else(PoisonError::into_inner).push(origin);
+                asking(origin, 16 << 10).in_turn(work).await;
+            });
+            tokio::task::yield_now().await;
+        }
+        // Some give up while they wait, one of them with a turn already his.
+        let mut gone = Box::pin(asking("https://gone.example", 1).turn());
+        assert!(futures::poll!(gone.as_mut()).is_pending());
+        drop(gone);
+        drop(held);
+        while waiting.join_next().await.is_some() {}
+        let order = order.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        assert_eq!(order.len(), 21);
+        assert!(order[..6].contains(&"https://quiet.example"), "{order:?}");
+        assert_eq!(turns().free, all, "all turns are free again");
+    }
 }

@@ -32,7 +32,7 @@ use crate::telemetry;
 use waiting::WaitingRoom;
 
 mod batch;
-mod queue;
+pub(crate) mod queue;
 mod room;
 mod waiting;
 mod writer;

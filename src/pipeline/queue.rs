@@ -11,7 +11,7 @@ use std::hash::Hash;
 
 /// Items of type `T` by whom they belong to.
 #[derive(Debug)]
-pub(super) struct FairQueue<K, T> {
+pub(crate) struct FairQueue<K, T> {
     lanes: HashMap<K, Lane<T>>,
     /// Lanes that have just begun, and the others. Every lane is in one of them, once.
     fresh: VecDeque<K>,

@@ -23,6 +23,10 @@ const AT_ONCE: Duration = Duration::ZERO;
 const FLOOD: Kind = Kind { site: "loud", events: 100, pause: AT_ONCE };
 const QUIET: Kind = Kind { site: "quiet", events: 1, pause: Duration::from_millis(20) };
 
+const SLOW: &str = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+    $$ BEGIN PERFORM pg_sleep(0.008); RETURN NEW; END $$; \
+    CREATE TRIGGER slow BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION slow()";
+
 /// How long, if it was asked for.
 fn asked() -> Option<Duration> {
     let text = std::env::var("OVERLOAD_SECONDS").ok()?;
@@ -80,6 +84,11 @@ async fn a_flood_is_refused_and_neither_the_writers_nor_another_site_nor_memory_
     for site in ["loud", "quiet"] {
         database.site(site).await;
     }
+    if long.is_none() {
+        // A database that stores some hundred events in a second, however fast or busy the machine is: the comparison is of these, and a build
+        // without optimisation can offer more.
+        database.admin.batch_execute(SLOW).await.expect("a trigger");
+    }
     let mut server = Server::start(&database.url).await;
     let pid = server.program.pid();
     let idle = resident(pid);
@@ -100,7 +109,7 @@ async fn a_flood_is_refused_and_neither_the_writers_nor_another_site_nor_memory_
     let quiet = Crowd::begin(server.http, 4, QUIET);
     let (stored, offered, began) = (events(&database).await, flood.told.requests(), Instant::now());
     // As long as it takes to store a thousand events or two, where that is slow.
-    let time = time.max(Duration::from_secs_f64((1500.0 / before.max(1.0)).min(15.0)));
+    let time = time.max(Duration::from_secs_f64((2500.0 / before.max(1.0)).min(15.0)));
     let memory = watched(pid, time).await;
     let (stored, took) = (events(&database).await - stored, began.elapsed().as_secs_f64());
     let offered = flood.told.requests() - offered;
@@ -140,10 +149,10 @@ async fn a_flood_is_refused_and_neither_the_writers_nor_another_site_nor_memory_
     let [stored, refused, odd] =
         [&quiet.stored, &quiet.refused, &quiet.odd].map(|number| number.load(Ordering::Relaxed));
     assert!(stored >= 4 && refused + odd == 0, "the quiet site: {stored} stored, {refused} refused, {odd} odd");
-    let bound = if long.is_some() { Duration::from_secs(2) } else { Duration::from_secs(10) };
+    let bound = if long.is_some() { Duration::from_secs(2) } else { Duration::from_secs(12) };
     assert!(slowest < bound, "the quiet site waited {slowest:?}");
     // A busy machine and a build without optimisation leave little to compare; the long form is held to more.
-    let least = if long.is_some() { 0.9 } else { 0.3 };
+    let least = if long.is_some() { 0.9 } else { 0.5 };
     assert!(during >= least * before, "{before:.0} events/s before, {during:.0} in the flood");
     assert!(*most <= 128 * MIB, "{} MiB", most / MIB);
     assert!(second <= first + first / 4 + 8 * MIB, "it grows: {} MiB, then {} MiB", first / MIB, second / MIB);
