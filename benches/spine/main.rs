@@ -122,8 +122,9 @@ async fn run(options: Options) -> anyhow::Result<bool> {
         bench.show(step);
         match row.measure(&mut bench).await {
             Ok(measured) => {
-                lines.extend(measured);
                 bench.shown(true);
+                measured.iter().for_each(|line| progress.say(line.brief()));
+                lines.extend(measured);
             }
             Err(error) => {
                 bench.shown(false);
