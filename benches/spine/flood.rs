@@ -179,7 +179,8 @@ impl Press {
             self.seen.borrow_mut().offered += due;
             for _ in 0..due {
                 if written == bytes.len() {
-                    (bytes.clear(), written = 0);
+                    bytes.clear();
+                    written = 0;
                     self.cast(&mut bytes);
                 }
                 match writer.try_write(&bytes[written..]) {

@@ -116,12 +116,15 @@ async fn run(options: Options) -> anyhow::Result<bool> {
     let mut lines: Vec<Line> = Vec::new();
     let mut failed = None;
     for row in ALL.iter().filter(|row| options.rows.is_empty() || options.rows.iter().any(|name| name == row.name)) {
-        let step = progress.step(format!("{}: {}", row.name, row.about));
+        progress.say(format!("{}: {}", row.name, row.about));
+        // Short, so that a line has room for what it is busy with.
+        let step = progress.step(row.name);
         bench.show(step);
         match row.measure(&mut bench).await {
             Ok(measured) => {
-                lines.extend(measured);
                 bench.shown(true);
+                measured.iter().for_each(|line| progress.say(line.brief()));
+                lines.extend(measured);
             }
             Err(error) => {
                 bench.shown(false);

@@ -159,6 +159,12 @@ impl Line {
         ]
     }
 
+    /// One line, for who watches: a whole run is long.
+    pub fn brief(&self) -> String {
+        let [row, _, measured, reference, ratio, bar, _, met] = self.cells();
+        format!("    {row}: {measured}, reference {reference}, ratio {ratio}, bar {bar}: {met}")
+    }
+
     fn json(&self) -> Value {
         let (bar, stretch) = self.met();
         let (kind, limits) = match self.bar {

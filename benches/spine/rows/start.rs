@@ -18,7 +18,7 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
     grpc_load::ingest(first.grpc, &bench.ground.token, &batches, 1).await?;
     first.stop().await?;
     let mut seconds = Vec::new();
-    for _ in 0..bench.size(10, 3) {
+    for _ in 0..2 * bench.rounds() {
         let server = bench.server(&database).await?;
         seconds.push(server.ready_after.as_secs_f64());
         server.stop().await?;
