@@ -112,6 +112,18 @@ mod tests {
     }
 
     #[test]
+    fn numbers_arrive_to_the_last_bit() {
+        let now = Utc::now();
+        for number in [4.408_103_815_583_577_5e-39, 0.1 + 0.2, 1.797_693_134_862_315_7e308, 7.038_531e-26, 5e-324] {
+            let mut event = event(now);
+            event.value = Some(number);
+            event.metadata.insert("n".to_owned(), number.into());
+            let text = Job::of(&event).to_json().unwrap_or_default();
+            assert_eq!(Job::event_from_json(&text, now).ok(), Some(event), "{number:e}");
+        }
+    }
+
+    #[test]
     fn what_is_no_job_is_told_apart() {
         let now = Utc::now();
         let read = |received_at| {

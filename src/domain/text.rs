@@ -51,7 +51,8 @@ pub fn clean_json(value: Value) -> Value {
 fn clean_below(value: Value, depth: usize) -> Value {
     match value {
         Value::String(text) if text.contains('\0') => Value::String(text.replace('\0', "")),
-        Value::Array(_) | Value::Object(_) if depth == 0 => Value::String(value.to_string().replace("\\u0000", "")),
+        // Cleaned before it is printed: in its text a backslash stands for itself, too.
+        Value::Array(_) | Value::Object(_) if depth == 0 => Value::String(clean_below(value, usize::MAX).to_string()),
         Value::Array(items) => Value::Array(items.into_iter().map(|item| clean_below(item, depth - 1)).collect()),
         Value::Object(map) => Value::Object(clean_map_below(map, depth)),
         other => other,
