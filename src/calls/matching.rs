@@ -2,7 +2,8 @@
 //!
 //! Runs with the site's gate closed, so the events and sessions of the site stand still.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 
@@ -15,6 +16,7 @@ use crate::domain::month::Month;
 use crate::domain::recorded::{Call, Found};
 use crate::domain::session::with_history;
 use crate::domain::signal::{Signal, SignalSet};
+use crate::domain::telephone::E164;
 use crate::store;
 use crate::store::call_evidence::{Conversion, Standing};
 use crate::store::error::StoreError;
@@ -90,20 +92,42 @@ async fn find(
     let activity = store::call_evidence::activity(tx, site, &inbound).await?;
     let conversions = store::call_evidence::conversions(tx, site, &inbound).await?;
     let mut seen = activity.into_iter().zip(conversions);
+    let mut clicks = Clicks { region, known: HashMap::new() };
     let decide = |call: &&Call| {
         let (activity, conversions) =
             if call.is_inbound() { seen.next().unwrap_or_default() } else { Default::default() };
-        let clicks: Vec<Click> = conversions.into_iter().filter_map(|conversion| click(conversion, region)).collect();
+        let clicks: Vec<Click> = conversions.into_iter().filter_map(|conversion| clicks.read(conversion)).collect();
         matching::decide(&Facts::of(site, &call.told), &activity, &clicks)
     };
     let decisions = calls.iter().map(decide).collect();
     freeze(tx, site, calls, decisions).await
 }
 
-/// A conversion as a click on a number, if it is one.
-fn click(conversion: Conversion, region: Option<&str>) -> Option<Click> {
-    let Conversion { session, fingerprint, event, at, action, label } = conversion;
-    is_call_action(&action).then(|| Click::read(session, fingerprint, (event, at), (&action, label.as_deref()), region))
+/// Reads conversions as clicks. A site has few numbers and a window many clicks, and the windows of calls overlap: each label is read once, or the
+/// site's gate would stay closed for it.
+struct Clicks<'r> {
+    region: Option<&'r str>,
+    /// By action and label: the number, and whether it is a click on WhatsApp.
+    known: HashMap<(String, Option<String>), (Option<E164>, bool)>,
+}
+
+impl Clicks<'_> {
+    /// The click on a number, if the conversion is one.
+    fn read(&mut self, conversion: Conversion) -> Option<Click> {
+        let Conversion { session, fingerprint, event, at, action, label } = conversion;
+        if !is_call_action(&action) {
+            return None;
+        }
+        let (number, whatsapp) = match self.known.entry((action, label)) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(new) => {
+                let (action, label) = new.key();
+                let click = Click::read(session, None, (event, at), (action, label.as_deref()), self.region);
+                new.insert((click.number, click.whatsapp)).clone()
+            }
+        };
+        Some(Click { session, fingerprint, event, at, number, whatsapp })
+    }
 }
 
 /// What was there of each credited session's score when the call came.
