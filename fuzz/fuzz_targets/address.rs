@@ -58,10 +58,12 @@ fn check_page(address: &str) {
 
 fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
-    let lines: Vec<&str> = text.split('\n').take(8).collect();
+    let lines: Vec<&str> = text.split('\n').take(4).collect();
     let mut events = Vec::new();
     for (place, line) in lines.iter().enumerate() {
-        check_page(line);
+        if place < 2 {
+            check_page(line);
+        }
         let draft = || Draft {
             id: Some(format!("event {place}")),
             url: Some((*line).to_owned()),
