@@ -141,7 +141,7 @@ impl Scene {
         let mut server = Server::start_with(&undisturbed.url, &OPEN).await;
         let quiet = Arc::new(Ledger::default());
         let (doors, all) = (Doors::of(&server, &token), self.all(rounds));
-        if let Err(why) = send_until_answered(&doors, &self.world, &quiet, &all, LIMIT * 5).await {
+        if let Err(why) = send_until_answered(&doors, &self.world, &quiet, &all, LIMIT * 20).await {
             self.report.demand(false, format!("undisturbed: {why}"));
         }
         ledger::compare(admin, &undisturbed.admin, &self.world, &mut self.report).await;
