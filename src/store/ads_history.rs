@@ -35,7 +35,7 @@ crate::statement!(
 );
 
 crate::statement!(
-    /// The sessions that a direct session reaches.
+    /// The sessions that a direct session reaches. Looked up reach by reach, as `LOAD_SESSIONS`.
     LATER_SESSIONS,
     Months::Between(1, 2),
     [
@@ -43,10 +43,12 @@ crate::statement!(
     ],
     "SELECT DISTINCT s.site_id, s.created_month, s.id, s.fingerprint, s.created_at, s.signals, s.attribution \
      FROM unnest($3, $4, $5, $6) AS reach (site_id, fingerprint, after, until) \
-     JOIN public.sessions s ON s.site_id = reach.site_id AND s.fingerprint = reach.fingerprint \
-       AND s.created_at > reach.after AND s.created_at <= reach.until \
-     WHERE s.created_month BETWEEN $1 AND $2 AND s.attribution <> 'Direct-to-Ads' \
-       AND NOT EXISTS (SELECT FROM unnest($7, $8, $9) AS known (site_id, month, id) \
+     CROSS JOIN LATERAL ( \
+       SELECT s.site_id, s.created_month, s.id, s.fingerprint, s.created_at, s.signals, s.attribution FROM public.sessions s \
+       WHERE s.site_id = reach.site_id AND s.fingerprint = reach.fingerprint \
+         AND s.created_at > reach.after AND s.created_at <= reach.until \
+         AND s.created_month BETWEEN $1 AND $2 AND s.attribution <> 'Direct-to-Ads' OFFSET 0) AS s \
+     WHERE NOT EXISTS (SELECT FROM unnest($7, $8, $9) AS known (site_id, month, id) \
                        WHERE known.id = s.id AND known.month = s.created_month AND known.site_id = s.site_id) \
      ORDER BY s.site_id, s.created_month, s.id"
 );

@@ -45,12 +45,13 @@ crate::statement!(
 );
 
 crate::statement!(
+    /// Looked up one by one, as `LOAD_SESSIONS`.
     SESSIONS_OF_EVENTS,
     Months::In(&[1, 2, 3]),
     [DATE, DATE, DATE, UUID_ARRAY, UUID_ARRAY],
-    "SELECT e.site_id, e.session_month, e.session_id, e.id FROM public.events e \
-     JOIN unnest($4, $5) AS wanted (site_id, id) ON e.site_id = wanted.site_id AND e.id = wanted.id \
-     WHERE e.session_month IN ($1, $2, $3)"
+    "SELECT e.site_id, e.session_month, e.session_id, e.id FROM unnest($4, $5) AS wanted (site_id, id) \
+     CROSS JOIN LATERAL (SELECT e.site_id, e.session_month, e.session_id, e.id FROM public.events e \
+       WHERE e.site_id = wanted.site_id AND e.id = wanted.id AND e.session_month IN ($1, $2, $3) OFFSET 0) AS e"
 );
 
 crate::statement!(

@@ -21,7 +21,9 @@ crate::statement!(
     [UUID, DATE, INT4, INT4, UUID, INT8],
     {
         let columns = sessions::COLUMN_NAMES.join(", ");
-        let of_month = "FROM public.sessions WHERE site_id = $1 AND created_month = $2 AND lead_score >= $3";
+        // The index has the last condition, and is for who states it.
+        let of_month =
+            "FROM public.sessions WHERE site_id = $1 AND created_month = $2 AND lead_score >= $3 AND lead_score >= 0";
         format!(
             "SELECT * FROM ( \
                  (SELECT {columns} {of_month} AND lead_score = $4 AND id > $5 ORDER BY id LIMIT $6) \

@@ -90,13 +90,14 @@ pub(super) static COLUMN_NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
 });
 
 crate::statement!(
+    /// Looked up one by one (LATERAL, and OFFSET 0 keeps it so): of a month that is new the planner knows nothing, and would rather read all of it.
     LOAD_SESSIONS,
     Months::In(&[1, 2, 3]),
     [DATE, DATE, DATE, UUID_ARRAY, UUID_ARRAY],
     format!(
-        "SELECT {columns} FROM public.sessions s \
-         JOIN unnest($4, $5) AS wanted (site_id, id) ON s.site_id = wanted.site_id AND s.id = wanted.id \
-         WHERE s.created_month IN ($1, $2, $3)",
+        "SELECT {columns} FROM unnest($4, $5) AS wanted (site_id, id) \
+         CROSS JOIN LATERAL (SELECT * FROM public.sessions s WHERE s.site_id = wanted.site_id AND s.id = wanted.id \
+           AND s.created_month IN ($1, $2, $3) OFFSET 0) AS s",
         columns = COLUMN_NAMES.iter().map(|name| format!("s.{name}")).collect::<Vec<_>>().join(", "),
     )
 );

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    options::allow_for(&options);
     let chosen: Vec<&Row> = ROWS.iter().filter(|row| options.wants(row.name)).collect();
     if chosen.is_empty() {
         println!("no fault has this name");

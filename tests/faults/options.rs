@@ -1,6 +1,8 @@
 //! What may be asked on the command line: our own options, and those that `cargo test` hands to every test binary.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::Duration;
 
 pub const HELP: &str = "\
 cargo test --test faults -- [OPTIONS] [PART OF A ROW'S NAME]...
@@ -92,4 +94,17 @@ impl Options {
     pub fn form(&self) -> &'static str {
         if self.is_long() { "long" } else { "short" }
     }
+}
+
+static SLACK: OnceLock<Duration> = OnceLock::new();
+
+/// The short form runs wherever tests run, also beside others on a machine that has no time: it looks for what is lost or doubled, and for
+/// who waits without end. The bounds themselves are the long form's.
+pub fn allow_for(options: &Options) {
+    SLACK.get_or_init(|| if options.is_long() { Duration::ZERO } else { Duration::from_secs(20) });
+}
+
+/// What every bound of time is longer by.
+pub fn slack() -> Duration {
+    SLACK.get().copied().unwrap_or_default()
 }

@@ -15,6 +15,7 @@ use tonic_health::pb::health_client::HealthClient;
 
 use crate::doors::{Doors, OPEN, Said, Work, send_until_answered};
 use crate::ledger::{self, Ledger, Stored};
+use crate::options::slack;
 use crate::report::Report;
 use crate::rows::Plan;
 use crate::support::process::Server;
@@ -127,9 +128,9 @@ impl Stage {
         // The first ones meet a server that has no connection yet.
         let calm = calm.iter().skip(COLD).map(|probe| probe.took).max().unwrap_or_default();
         let bounds = Bounds {
-            answer: bounds.answer + calm * 2,
-            recovery: bounds.recovery + calm,
-            noticed: bounds.noticed.map(|limit| limit + calm * 2),
+            answer: bounds.answer + calm * 2 + slack(),
+            recovery: bounds.recovery + calm + slack(),
+            noticed: bounds.noticed.map(|limit| limit + calm * 2 + slack()),
         };
         self.report.note(format!("an answer took {calm:.1?} at most before it"));
         self.judge(&probes, began, back, bounds);

@@ -241,7 +241,7 @@ async fn a_call_and_its_click_that_are_stored_at_the_same_time_find_each_other()
     let stage = Stage::set().await;
     let pipeline = Pipeline::start(stage.database.store.clone(), Nudge::default(), PipelineConfig::default());
     let mut racing = tokio::task::JoinSet::new();
-    for n in 0..150u32 {
+    for n in 0..60u32 {
         // Twenty minutes apart, each with two rivals of its own minute.
         let moment = at("2026-02-01T00:00:00Z") + TimeDelta::minutes(i64::from(n) * 40);
         for (rival, server) in [stage.pipeline.clone(), pipeline.clone()].into_iter().enumerate() {
@@ -262,7 +262,7 @@ async fn a_call_and_its_click_that_are_stored_at_the_same_time_find_each_other()
         .database
         .rows("SELECT match_method, jsonb_array_length(match_candidates) AS n, count(*) FROM calls GROUP BY 1, 2")
         .await;
-    assert_eq!(seen, [json!({"match_method": "AMBIGUOUS", "n": 2, "count": 150})]);
+    assert_eq!(seen, [json!({"match_method": "AMBIGUOUS", "n": 2, "count": 60})]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -283,12 +283,12 @@ async fn a_fingerprint_that_many_share_is_looked_up_whole_for_each_of_many_calls
     let many: Vec<Spec> =
         (0..130).map(|n| Spec::new(n, &format!("v{n}"), after(i64::from(n))).fingerprint("F")).collect();
     stage.events(stage.site, &many).await;
-    let calls: Vec<Draft> = (0..100).map(|n| with_fingerprint(call(&format!("c{n}"), after(200)), "F")).collect();
+    let calls: Vec<Draft> = (0..40).map(|n| with_fingerprint(call(&format!("c{n}"), after(200)), "F")).collect();
     let recorded = stage.record(calls).await;
     let found = recorded.iter().filter(|one| credited(&one.call).map(|id| id.to_string()) == stage.id("v129")).count();
-    assert_eq!(found, 100, "each is credited to the session that was active last");
+    assert_eq!(found, 40, "each is credited to the session that was active last");
     stage.events(stage.site, &[Spec::new(500, "v129", after(130)).fingerprint("F")]).await;
-    assert_eq!(stage.database.count("SELECT count(*) FROM calls WHERE match_method = 'FINGERPRINT'").await, 100);
+    assert_eq!(stage.database.count("SELECT count(*) FROM calls WHERE match_method = 'FINGERPRINT'").await, 40);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -14,6 +14,7 @@ use tokio_postgres::Client;
 use super::Plan;
 use crate::doors::{Doors, OPEN, Said, Work, send, send_until_answered};
 use crate::ledger::{self, Ledger, Stored};
+use crate::options::slack;
 use crate::report::Report;
 use crate::support::database::{Database, connect, database};
 use crate::support::private::{Private, Shutdown};
@@ -228,7 +229,7 @@ pub async fn postgres(plan: Plan) -> Report {
     let recovery = scene.report.recovery.unwrap_or_default();
     scene.report.note(format!("an answer took {calm:.1?} at most while nothing was wrong"));
     scene.report.demand(
-        recovery <= Duration::from_secs(1) + calm * 3,
+        recovery <= Duration::from_secs(1) + calm * 3 + slack(),
         format!("the first event was stored {recovery:?} after the database was back"),
     );
     let report = scene.finish(&connect(&url).await, plan.rounds).await;
