@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use opsmantik::domain::month::Month;
+use tokio::sync::Mutex;
 use tokio_postgres::{Client, NoTls};
 
 use super::Plan;
@@ -97,7 +98,7 @@ pub async fn no_connections(plan: Plan) -> Report {
     let token = token(&database).await;
     let mut stage = Stage::set(&plan, &database.url, &token, &[]).await;
     for _ in 0..plan.rounds {
-        let mut others = Vec::new();
+        let others = Mutex::new(Vec::new());
         let take = async || {
             let ours = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'opsmantik'";
             let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'opsmantik'";
@@ -107,7 +108,7 @@ pub async fn no_connections(plan: Plan) -> Report {
             while free < 5 {
                 while let Ok((client, connection)) = tokio_postgres::connect(&database.url, NoTls).await {
                     tokio::spawn(connection);
-                    others.push(client);
+                    others.lock().await.push(client);
                 }
                 if crate::ledger::count(&database.admin, ours).await == 0 {
                     free += 1;
@@ -119,9 +120,7 @@ pub async fn no_connections(plan: Plan) -> Report {
                 }
             }
         };
-        // Let go one by one, as others do; the first is enough.
-        stage.outage(hold(&plan), Bounds::QUICK, take, async || ()).await;
-        drop(others);
+        stage.outage(hold(&plan), Bounds::QUICK, take, async || others.lock().await.clear()).await;
     }
     stage.end(&database.admin, STOP).await
 }
