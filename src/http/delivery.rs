@@ -1,6 +1,6 @@
 //! What a delivery says: bytes in, events out, and what of it can never be stored.
 //!
-//! A delivery is our own [`Job`], or the tracker's JSON from another producer, with an `id` in every event. Read when QStash brings it, and again when
+//! A delivery is our own [`Job`](crate::domain::job::Job), or the tracker's JSON from another producer, with an `id` in every event. Read when QStash brings it, and again when
 //! it is replayed from a dead letter.
 
 use chrono::{DateTime, Utc};
@@ -8,28 +8,8 @@ use chrono::{DateTime, Utc};
 use super::wire::{self, Body};
 use crate::directory::Directory;
 use crate::domain::event::{Arrival, Event};
-use crate::domain::id::{EventId, SiteId};
-use crate::domain::job::{Job, NotAJob};
-use crate::domain::outcome::{DeathReason, Unavailable};
-
-/// What of a delivery can never be stored.
-#[derive(Debug)]
-pub struct Corpse {
-    pub reason: DeathReason,
-    pub detail: String,
-    pub site_id: Option<SiteId>,
-    pub event_id: Option<EventId>,
-}
-
-impl Corpse {
-    fn malformed(detail: impl ToString) -> Self {
-        Self { reason: DeathReason::MalformedJob, detail: detail.to_string(), site_id: None, event_id: None }
-    }
-
-    fn of_unknown_site(detail: impl ToString) -> Self {
-        Self { reason: DeathReason::UnknownSite, ..Self::malformed(detail) }
-    }
-}
+use crate::domain::outcome::Unavailable;
+use crate::queue::delivery::{Corpse, read_job};
 
 /// The events of a delivery, and what of it is dead already. One corpse is enough: it is buried with the whole delivery.
 pub async fn read(
@@ -38,21 +18,11 @@ pub async fn read(
     arrived_at: DateTime<Utc>,
 ) -> Result<(Vec<Event>, Option<Corpse>), Unavailable> {
     if is_job(bytes) {
-        let text = String::from_utf8_lossy(bytes);
-        let event = match Job::event_from_json(&text, arrived_at) {
-            // What lay in the future then, may not any more.
-            Err(NotAJob::FromTheFuture) => Job::event_from_json(&text, Utc::now()),
-            read => read,
-        };
-        let event = match event {
-            Ok(event) => event,
-            Err(error) => return Ok((Vec::new(), Some(Corpse::malformed(error)))),
-        };
-        if directory.site_by_id(event.site_id).await?.is_some() {
-            return Ok((vec![event], None));
-        }
-        let corpse = Corpse::of_unknown_site("no site has the id of the job's event");
-        return Ok((Vec::new(), Some(Corpse { site_id: Some(event.site_id), event_id: Some(event.id), ..corpse })));
+        let event = read_job(directory, &String::from_utf8_lossy(bytes), arrived_at).await?;
+        return Ok(match event {
+            Ok(event) => (vec![event], None),
+            Err(corpse) => (Vec::new(), Some(corpse)),
+        });
     }
     let read = match wire::read(bytes) {
         Ok(Body::One(event)) => vec![*event],

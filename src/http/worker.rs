@@ -9,17 +9,15 @@ use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use http::Method;
 use http::header::RETRY_AFTER;
 
 use super::answer::{self, Problem};
-use super::delivery::{self, Corpse};
+use super::delivery;
 use super::{PublicState, body, early};
-use crate::domain::id::DeadLetterId;
 use crate::domain::outcome::Unavailable;
 use crate::pipeline::Pressure;
-use crate::store::dead_letters::DeadLetter;
 
 /// Most bytes of a delivery: QStash's own limit.
 const MAX_DELIVERY: usize = 1 << 20;
@@ -74,32 +72,11 @@ async fn take(state: &PublicState, bytes: &[u8]) -> Result<Response, Problem> {
         (Some(_), Err(problem)) if problem.is_server_side() => Err(problem),
         (Some(corpse), _) => {
             let reason = corpse.reason;
-            bury(state, bytes, corpse, now).await?;
+            corpse.bury(&state.store, "worker", bytes, now).await?;
             Err(Problem::undeliverable(reason))
         }
         (None, answer) => answer,
     }
-}
-
-async fn bury(state: &PublicState, bytes: &[u8], corpse: Corpse, now: DateTime<Utc>) -> Result<(), Unavailable> {
-    let Corpse { reason, detail, site_id, event_id } = corpse;
-    let letter = DeadLetter {
-        // The same delivery is one letter, however often it comes.
-        id: DeadLetterId::derived(bytes),
-        site_id,
-        event_id,
-        source: "worker",
-        reason,
-        detail,
-        payload: String::from_utf8_lossy(bytes).replace('\0', "\u{fffd}"),
-        received_at: now,
-    };
-    state.store.bury(&letter).await.map_err(|error| {
-        tracing::error!(error = &error as &dyn std::error::Error, "a dead letter could not be buried");
-        Unavailable::Database
-    })?;
-    tracing::warn!(reason = reason.code(), dead_letter.id = %letter.id, "a delivery can never be stored; it is in dead_letters");
-    Ok(())
 }
 
 fn logged(problem: Problem) -> Response {

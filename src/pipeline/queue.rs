@@ -51,6 +51,15 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         self.items == 0
     }
 
+    pub fn len(&self) -> usize {
+        self.items
+    }
+
+    /// Of all that waits.
+    pub fn weight(&self) -> usize {
+        self.weight
+    }
+
     pub fn push(&mut self, key: K, weight: usize, item: T) {
         let lane = self.lanes.entry(key).or_insert_with(|| {
             self.fresh.push_back(key);

@@ -68,9 +68,7 @@ pub(super) struct WaitingRoom {
 
 struct Inside {
     queue: FairQueue<SiteId, Box<Waiting>>,
-    /// How many are in the queue, their bytes, and since when a batch gathers in it.
-    queued: usize,
-    queued_bytes: usize,
+    /// Since when a batch gathers in the queue; none while it is empty.
     gathering: Option<Instant>,
     /// Batches that were taken and are not settled.
     writing: usize,
@@ -127,8 +125,6 @@ impl WaitingRoom {
     pub fn new(config: PipelineConfig) -> Self {
         let inside = Inside {
             queue: FairQueue::new(QUANTUM),
-            queued: 0,
-            queued_bytes: 0,
             gathering: None,
             writing: 0,
             room: Room::of(config.room_bytes),
@@ -273,7 +269,7 @@ impl WaitingRoom {
             bytes += waiting.counted;
             taken.push(*waiting);
         }
-        inside.unqueued(taken.len(), bytes);
+        inside.gather_anew();
         let since = taken.iter().map(|waiting| waiting.since).min()?;
         inside.writing += 1;
         let mut batch = Batch {
@@ -303,7 +299,9 @@ impl WaitingRoom {
             }
             let gone = inside.queue.remove_where(|waiting| !waiting.patient && waiting.since.elapsed() > longest);
             gone.iter().for_each(|(_, waiting)| inside.leave(waiting.place()));
-            inside.unqueued(gone.len(), gone.iter().map(|(_, waiting)| waiting.counted).sum());
+            if !gone.is_empty() {
+                inside.gather_anew();
+            }
             self.look(&inside);
             gone
         };
@@ -355,15 +353,13 @@ impl Inside {
         let site = waiting.event.site_id;
         let room = if waiting.patient { &mut self.patient } else { &mut self.room };
         room.enter(site, waiting.counted);
-        (self.queued, self.queued_bytes) = (self.queued + 1, self.queued_bytes + waiting.counted);
         self.gathering.get_or_insert_with(Instant::now);
         self.queue.push(site, waiting.counted, Box::new(waiting));
     }
 
-    /// So many have left the queue.
-    fn unqueued(&mut self, events: usize, bytes: usize) {
-        (self.queued, self.queued_bytes) = (self.queued - events, self.queued_bytes - bytes);
-        self.gathering = (self.queued > 0).then(Instant::now);
+    /// Some have left the queue: what is left begins the next batch.
+    fn gather_anew(&mut self) {
+        self.gathering = (!self.queue.is_empty()).then(Instant::now);
     }
 
     /// When the next batch is to be taken.
@@ -371,7 +367,7 @@ impl Inside {
         match self.gathering {
             None => Due::Never,
             Some(_) if self.closed || self.writing == 0 => Due::Now,
-            Some(_) if self.queued >= self.batch || self.queued_bytes >= config.batch_bytes => Due::Now,
+            Some(_) if self.queue.len() >= self.batch || self.queue.weight() >= config.batch_bytes => Due::Now,
             Some(since) if since.elapsed() >= GATHERING => Due::Now,
             Some(since) => Due::At(since + GATHERING),
         }

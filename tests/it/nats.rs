@@ -62,14 +62,6 @@ async fn ready(admin: std::net::SocketAddr) -> (u16, Value) {
     (answer.status, answer.body)
 }
 
-/// Every session counts what is stored of it, and nothing died.
-async fn assert_counted(database: &Database) {
-    let miscounted = "SELECT count(*) FROM sessions s WHERE event_count <> (SELECT count(*) FROM events e \
-        WHERE (e.site_id, e.session_month, e.session_id) = (s.site_id, s.created_month, s.id))";
-    assert_eq!(database.count(miscounted).await, 0);
-    assert_eq!(database.count("SELECT count(*) FROM dead_letters").await, 0);
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     let Some(nats) = NatsServer::start().await else { return };
@@ -111,7 +103,7 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     }
     assert_eq!(ready(worker.admin).await, (200, json!({"ready": true})));
     // Again, after NATS has forgotten it: acknowledged messages are gone.
-    assert_counted(&database).await;
+    database.assert_counted().await;
 
     worker.program.stop(STOP_LIMIT).await;
     assert_eq!(said(&post(&one, &event(200)).await), QUEUED, "it waits for the next worker");
@@ -247,7 +239,7 @@ async fn nats_an_edge_and_a_worker_are_killed_in_turn_and_what_was_answered_is_t
     assert_eq!(ids.len(), there.len(), "an event is there twice");
     let lost: Vec<_> = answered.difference(&there).collect();
     assert!(lost.is_empty(), "answered and not stored: {lost:?}");
-    assert_counted(&database).await;
+    database.assert_counted().await;
     eprintln!("{sent} events sent, {} answered, {} stored, 0 lost, 0 doubled", answered.len(), there.len());
 
     // A retry of everything changes nothing but the events that nobody had.
@@ -259,7 +251,7 @@ async fn nats_an_edge_and_a_worker_are_killed_in_turn_and_what_was_answered_is_t
     assert!(again.await.iter().all(|status| matches!(status, 200 | 202)));
     stored(&database, i64::from(sent)).await;
     nats.empty().await;
-    assert_counted(&database).await;
+    database.assert_counted().await;
     for program in [&mut replaced.program, &mut first.program] {
         program.stop(STOP_LIMIT).await;
     }
@@ -332,7 +324,7 @@ async fn a_full_stream_deletes_nothing_and_the_edge_stores_what_it_refuses() {
     }
     assert_eq!(said(&post(&edge, &event(1001)).await), QUEUED);
     stored(&database, 82).await;
-    assert_counted(&database).await;
+    database.assert_counted().await;
     for program in [&mut worker.program, &mut edge.program] {
         program.stop(STOP_LIMIT).await;
     }

@@ -106,14 +106,6 @@ async fn timeless(database: &Database) -> [Vec<Value>; 2] {
     tables
 }
 
-/// Every session counts what is stored of it, not more and not less.
-async fn assert_counted(database: &Database) {
-    let miscounted = "SELECT count(*) FROM sessions s WHERE event_count <> (SELECT count(*) FROM events e \
-        WHERE (e.site_id, e.session_month, e.session_id) = (s.site_id, s.created_month, s.id))";
-    assert_eq!(database.count(miscounted).await, 0);
-    assert_eq!(database.count("SELECT count(*) FROM dead_letters").await, 0);
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_again_and_again_it_loses_nothing_that_it_answered_and_stores_nothing_twice() {
     const ROUNDS: u32 = 5;
@@ -144,7 +136,7 @@ async fn killed_again_and_again_it_loses_nothing_that_it_answered_and_stores_not
         let stored = stored(&database).await;
         let lost: Vec<_> = answered.difference(&stored).collect();
         assert!(lost.is_empty(), "round {round}: answered 200 and not stored: {lost:?}");
-        assert_counted(&database).await;
+        database.assert_counted().await;
     }
 
     let all: HashSet<u32> = (1..=ROUNDS * EACH).collect();
@@ -152,7 +144,7 @@ async fn killed_again_and_again_it_loses_nothing_that_it_answered_and_stores_not
     assert_eq!(send(&server.sync_url(), all.iter().copied(), base_ms).await, all, "every request again");
     server.program.stop(STOP_LIMIT).await;
     assert_eq!(stored(&database).await, all);
-    assert_counted(&database).await;
+    database.assert_counted().await;
 
     let mut server = Server::start(&undisturbed.url).await;
     assert_eq!(send(&server.sync_url(), all.iter().copied(), base_ms).await, all);
@@ -230,7 +222,7 @@ async fn asked_to_stop_under_load_it_answers_and_stores_what_it_took_and_takes_n
     assert!(taken.iter().chain(&[61]).all(|n| stored.contains(n)), "taken and not stored");
     assert!(answered.is_subset(&stored), "answered 200 and not stored");
     assert!(!stored.contains(&5000));
-    assert_counted(&database).await;
+    database.assert_counted().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -250,7 +242,7 @@ async fn two_servers_on_one_database_store_each_event_once_and_keep_the_months_t
     let (by_one, by_other) = tokio::join!(send(&a, 1..=600, base_ms), send(&b, (1..=600).rev(), base_ms));
     assert_eq!((&by_one, &by_other), (&all, &all), "both answer 200, to the second copy too");
     assert_eq!(stored(&database).await, all);
-    assert_counted(&database).await;
+    database.assert_counted().await;
     let leaves = format!("SELECT count(*) FROM pg_class WHERE relname IN ('events_{far}', 'sessions_{far}')");
     let began = Instant::now();
     while database.count(&leaves).await < 2 {
@@ -373,7 +365,7 @@ async fn with_its_database_pulled_away_it_says_so_quickly_and_recovers_by_itself
     assert!(away > 50, "the database was away for seconds, but only {away} visitors heard of it");
     eprintln!("{away} visitors were sent away, the last of them after {slowest:?}");
     assert!(slowest < AWAY_LIMIT, "a visitor waited {slowest:?}\n{}", server.program.said());
-    assert_counted(&database).await;
+    database.assert_counted().await;
     server.program.stop(STOP_LIMIT).await;
     drop(database);
     tokio::task::spawn_blocking(move || cluster.stop()).await.expect("no panic").expect("it stops");

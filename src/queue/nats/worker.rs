@@ -18,12 +18,10 @@ use tokio_util::sync::CancellationToken;
 use super::stream::ACK_WAIT;
 use super::{ANSWER, Nats, Status};
 use crate::directory::Directory;
-use crate::domain::id::{DeadLetterId, EventId, SiteId};
-use crate::domain::job::Job;
-use crate::domain::outcome::{DeathReason, Outcome, Unavailable};
+use crate::domain::outcome::{Outcome, Unavailable};
 use crate::pipeline::Pipeline;
+use crate::queue::delivery::{self, Corpse};
 use crate::store::Store;
-use crate::store::dead_letters::DeadLetter;
 use crate::telemetry;
 
 /// Requests for events under way at once: while the events of one are being stored, another brings the next.
@@ -74,14 +72,6 @@ enum Pulled {
     NothingStored,
     /// NATS cut it short, or is away.
     NoAnswer,
-}
-
-/// What can never be stored.
-struct Corpse {
-    reason: DeathReason,
-    detail: String,
-    site_id: Option<SiteId>,
-    event_id: Option<EventId>,
 }
 
 impl Worker {
@@ -220,7 +210,7 @@ impl Worker {
     async fn settle(&self, message: &Message) -> Deed {
         let settled = match self.store(&message.payload).await {
             Ok(Ok(outcome)) => Ok(outcome),
-            Ok(Err(corpse)) => self.bury(&message.payload, corpse).await.map(Outcome::Dead),
+            Ok(Err(corpse)) => corpse.bury(&self.store, "nats", &message.payload, Utc::now()).await.map(Outcome::Dead),
             Err(unavailable) => Err(unavailable),
         };
         match settled {
@@ -232,42 +222,11 @@ impl Worker {
     }
 
     async fn store(&self, payload: &[u8]) -> Result<Result<Outcome, Corpse>, Unavailable> {
-        let malformed =
-            |detail: String| Corpse { reason: DeathReason::MalformedJob, detail, site_id: None, event_id: None };
-        let event = match std::str::from_utf8(payload) {
-            Ok(text) => Job::event_from_json(text, Utc::now()).map_err(|error| malformed(error.to_string())),
-            Err(_) => Err(malformed("it is no UTF-8".to_owned())),
-        };
-        let event = match event {
-            Ok(event) => event,
-            Err(corpse) => return Ok(Err(corpse)),
-        };
-        if self.directory.site_by_id(event.site_id).await?.is_none() {
-            let detail = "no site has the id of the job's event".to_owned();
-            let (site_id, event_id) = (Some(event.site_id), Some(event.id));
-            return Ok(Err(Corpse { reason: DeathReason::UnknownSite, detail, site_id, event_id }));
+        let Ok(text) = std::str::from_utf8(payload) else { return Ok(Err(Corpse::malformed("it is no UTF-8"))) };
+        match delivery::read_job(&self.directory, text, Utc::now()).await? {
+            Ok(event) => Ok(Ok(self.pipeline.take_when_room(event).await?.outcome().await)),
+            Err(corpse) => Ok(Err(corpse)),
         }
-        Ok(Ok(self.pipeline.take_when_room(event).await?.outcome().await))
-    }
-
-    async fn bury(&self, payload: &[u8], corpse: Corpse) -> Result<DeathReason, Unavailable> {
-        let letter = DeadLetter {
-            // The same message is one letter, however often it comes.
-            id: DeadLetterId::derived(payload),
-            site_id: corpse.site_id,
-            event_id: corpse.event_id,
-            source: "nats",
-            reason: corpse.reason,
-            detail: corpse.detail,
-            payload: String::from_utf8_lossy(payload).replace('\0', "\u{fffd}"),
-            received_at: Utc::now(),
-        };
-        self.store.bury(&letter).await.map_err(|error| {
-            tracing::error!(error = &error as &dyn std::error::Error, "a dead letter could not be buried");
-            Unavailable::Database
-        })?;
-        tracing::warn!(reason = corpse.reason.code(), dead_letter.id = %letter.id, "a message can never be stored; it is in dead_letters");
-        Ok(corpse.reason)
     }
 }
 

@@ -117,6 +117,14 @@ impl Database {
     }
 
     /// One number.
+    /// Every session counts what is stored of it, not more and not less, and nothing died.
+    pub async fn assert_counted(&self) {
+        let miscounted = "SELECT count(*) FROM sessions s WHERE event_count <> (SELECT count(*) FROM events e \
+            WHERE (e.site_id, e.session_month, e.session_id) = (s.site_id, s.created_month, s.id))";
+        assert_eq!(self.count(miscounted).await, 0);
+        assert_eq!(self.count("SELECT count(*) FROM dead_letters").await, 0);
+    }
+
     pub async fn count(&self, query: &str) -> i64 {
         self.admin.query_one(query, &[]).await.expect("the test's own query").get(0)
     }
