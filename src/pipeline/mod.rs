@@ -7,8 +7,9 @@
 //!                      full: wait
 //! ```
 //!
-//! What is waiting when nothing is being written is the next batch: an idle server writes single events at once, a busy one writes large
-//! batches. A further writer begins beside the first when its batch is full, or after a moment. The rooms are counted in bytes, so memory stays flat.
+//! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Two
+//! batches are written beside each other, each with half of the sites that have something, so that one is understood while the database works
+//! on the other; a third begins when it is full, or after a moment. The rooms are counted in bytes, so memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
 //! Sites share it fairly. Each has a lane of its own (`queue.rs`) in which events keep the order of their coming, and gets its turn in
@@ -44,6 +45,8 @@ pub struct PipelineConfig {
     pub writers: usize,
     /// Most events in one transaction ...
     pub batch: usize,
+    /// ... and most visits: each takes locks, and PostgreSQL has a table of a fixed size for all of them ...
+    pub batch_visits: usize,
     /// ... and most bytes, roughly: while it is written, a batch is there several times over.
     pub batch_bytes: usize,
     /// Most bytes of events that wait or are being written, roughly.
@@ -59,7 +62,8 @@ impl Default for PipelineConfig {
     fn default() -> Self {
         Self {
             writers: 4,
-            batch: 256,
+            batch: 512,
+            batch_visits: 256,
             batch_bytes: 2 << 20,
             room_bytes: 32 << 20,
             patient_room_bytes: 8 << 20,

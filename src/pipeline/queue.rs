@@ -4,28 +4,55 @@
 //! turns. Who had nothing waiting is served before those who always have (as `fq_codel` does it), but only for one quantum: nobody waits
 //! for more than two quanta of each other lane. Within a lane the order of coming holds, and with one lane this is a plain queue.
 //!
+//! A lane can be held: what waits in it keeps its place and is not served until the lane is let go.
+//!
 //! Memory grows with what waits, not with who ever came: a lane without anything in it is gone within a round.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hash;
 
 /// Items of type `T` by whom they belong to.
 #[derive(Debug)]
 pub(crate) struct FairQueue<K, T> {
     lanes: HashMap<K, Lane<T>>,
-    /// Lanes that have just begun, and the others. Every lane is in one of them, once.
+    /// Lanes that have just begun, and the others. Every lane is in one of them, once; one that is held may be in neither.
     fresh: VecDeque<K>,
     ring: VecDeque<K>,
+    held: HashSet<K>,
     quantum: i64,
+    all: Load,
+    /// What may be served, and in how many lanes: all but those that are held.
+    ready: Load,
+    ready_lanes: usize,
+}
+
+/// How much waits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Load {
     items: usize,
     weight: usize,
+}
+
+impl Load {
+    fn add(&mut self, other: Self) {
+        self.items += other.items;
+        self.weight += other.weight;
+    }
+
+    fn take(&mut self, other: Self) {
+        self.items -= other.items;
+        self.weight -= other.weight;
+    }
 }
 
 #[derive(Debug)]
 struct Lane<T> {
     waiting: VecDeque<Heavy<T>>,
+    load: Load,
     /// What may still be taken in this turn; below zero, what is owed to the others.
     credit: i64,
+    /// Whether it is in one of the lists.
+    listed: bool,
 }
 
 #[derive(Debug)]
@@ -41,33 +68,79 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
             lanes: HashMap::new(),
             fresh: VecDeque::new(),
             ring: VecDeque::new(),
+            held: HashSet::new(),
             quantum: signed(quantum).max(1),
-            items: 0,
-            weight: 0,
+            all: Load::default(),
+            ready: Load::default(),
+            ready_lanes: 0,
         }
     }
 
+    /// Whether nothing waits, be its lane held or not.
     pub fn is_empty(&self) -> bool {
-        self.items == 0
+        self.all.items == 0
     }
 
+    /// Items that may be served.
     pub fn len(&self) -> usize {
-        self.items
+        self.ready.items
     }
 
-    /// Of all that waits.
+    /// Of all that may be served.
     pub fn weight(&self) -> usize {
-        self.weight
+        self.ready.weight
+    }
+
+    /// Lanes with something that may be served, and those that are held.
+    pub fn lanes(&self) -> usize {
+        self.ready_lanes + self.held.len()
     }
 
     pub fn push(&mut self, key: K, weight: usize, item: T) {
+        let held = self.held.contains(&key);
         let lane = self.lanes.entry(key).or_insert_with(|| {
-            self.fresh.push_back(key);
-            Lane { waiting: VecDeque::new(), credit: self.quantum }
+            if !held {
+                self.fresh.push_back(key);
+            }
+            Lane { waiting: VecDeque::new(), load: Load::default(), credit: self.quantum, listed: !held }
         });
         lane.waiting.push_back(Heavy { weight, item });
-        self.items += 1;
-        self.weight += weight;
+        let load = Load { items: 1, weight };
+        lane.load.add(load);
+        self.all.add(load);
+        if !held {
+            self.ready.add(load);
+            self.ready_lanes += usize::from(lane.load.items == 1);
+        }
+    }
+
+    /// Serves nothing more of a lane until it is let go, whatever comes into it.
+    pub fn hold(&mut self, key: K) {
+        if self.held.insert(key)
+            && let Some(lane) = self.lanes.get(&key)
+        {
+            self.ready.take(lane.load);
+            self.ready_lanes -= usize::from(lane.load.items > 0);
+        }
+    }
+
+    /// Lets a lane go. What waits in it has its turn after those of the others.
+    pub fn release(&mut self, key: K) {
+        if !self.held.remove(&key) {
+            return;
+        }
+        if let Some(lane) = self.lanes.get_mut(&key) {
+            self.ready.add(lane.load);
+            self.ready_lanes += usize::from(lane.load.items > 0);
+            if !std::mem::replace(&mut lane.listed, true) {
+                self.ring.push_back(key);
+            }
+        }
+    }
+
+    /// The lane that [`FairQueue::pop`] would serve.
+    pub fn next_lane(&mut self) -> Option<K> {
+        self.turn()
     }
 
     /// The weight of what [`FairQueue::pop`] would bring.
@@ -81,39 +154,49 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         let lane = self.lanes.get_mut(&key)?;
         let Heavy { weight, item } = lane.waiting.pop_front()?;
         lane.credit -= signed(weight);
-        self.took(1, weight);
+        let load = Load { items: 1, weight };
+        lane.load.take(load);
+        self.ready.take(load);
+        self.ready_lanes -= usize::from(lane.load.items == 0);
+        self.took(load);
         Some((key, item))
     }
 
     /// Takes out what is of no use any more.
     pub fn remove_where(&mut self, mut useless: impl FnMut(&T) -> bool) -> Vec<(K, T)> {
-        let (mut removed, mut weight) = (Vec::new(), 0);
+        let (mut removed, mut all) = (Vec::new(), Load::default());
         for (key, lane) in &mut self.lanes {
             if lane.waiting.iter().any(|heavy| useless(&heavy.item)) {
+                let mut gone = Load::default();
                 for heavy in std::mem::take(&mut lane.waiting) {
                     if useless(&heavy.item) {
-                        weight += heavy.weight;
+                        gone.add(Load { items: 1, weight: heavy.weight });
                         removed.push((*key, heavy.item));
                     } else {
                         lane.waiting.push_back(heavy);
                     }
                 }
+                lane.load.take(gone);
+                if !self.held.contains(key) {
+                    self.ready.take(gone);
+                    self.ready_lanes -= usize::from(lane.load.items == 0);
+                }
+                all.add(gone);
             }
         }
-        self.took(removed.len(), weight);
+        self.took(all);
         removed
     }
 
-    /// Forgets everything.
+    /// Forgets all that waits.
     pub fn clear(&mut self) {
-        self.took(self.items, self.weight);
+        self.took(self.all);
     }
 
-    fn took(&mut self, items: usize, weight: usize) {
-        self.items -= items;
-        self.weight -= weight;
-        if self.items == 0 {
-            *self = Self { quantum: self.quantum, ..Self::new(0) };
+    fn took(&mut self, load: Load) {
+        self.all.take(load);
+        if self.is_empty() {
+            *self = Self { quantum: self.quantum, held: std::mem::take(&mut self.held), ..Self::new(0) };
         }
     }
 
@@ -124,7 +207,13 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
             let list = if is_fresh { &mut self.fresh } else { &mut self.ring };
             let key = *list.front()?;
             let lane = self.lanes.get_mut(&key)?;
-            if lane.waiting.is_empty() {
+            if self.held.contains(&key) {
+                list.pop_front();
+                lane.listed = false;
+                if lane.waiting.is_empty() {
+                    self.lanes.remove(&key);
+                }
+            } else if lane.waiting.is_empty() {
                 list.pop_front();
                 if is_fresh && !self.ring.is_empty() {
                     // Had it left at once, it could come back as a fresh one before those in the ring had their turn.

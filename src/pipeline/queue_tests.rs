@@ -18,7 +18,7 @@ fn drained(queue: &mut FairQueue<u8, (u8, u32)>) -> Vec<(u8, u32)> {
 fn one_lane_is_a_plain_queue() {
     let mut queue = queue();
     (0..1000).for_each(|n| queue.push(1, 70, (1, n)));
-    assert_eq!((queue.weight, queue.next_weight()), (70_000, Some(70)));
+    assert_eq!((queue.weight(), queue.next_weight()), (70_000, Some(70)));
     assert_eq!(drained(&mut queue), (0..1000).map(|n| (1, n)).collect::<Vec<_>>());
     assert!(queue.is_empty() && queue.pop().is_none() && queue.next_weight().is_none());
 }
@@ -54,6 +54,8 @@ enum Step {
     Push { lane: u8, weight: usize },
     Pop,
     Remove { modulus: u32 },
+    Hold { lane: u8 },
+    Release { lane: u8 },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -62,6 +64,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(lane, weight)| Step::Push { lane, weight }),
         5 => Just(Step::Pop),
         1 => (2_u32..9).prop_map(|modulus| Step::Remove { modulus }),
+        1 => (0_u8..6).prop_map(|lane| Step::Hold { lane }),
+        2 => (0_u8..6).prop_map(|lane| Step::Release { lane }),
     ];
     proptest::collection::vec(step, 0..400)
 }
@@ -71,7 +75,8 @@ proptest! {
     fn everything_comes_out_once_and_in_the_order_of_its_lane(steps in steps()) {
         let (mut queue, mut next) = (queue(), 0);
         let (mut inside, mut last) = (BTreeMap::new(), BTreeMap::new());
-        let mut came = |item: (u8, u32), inside: &mut BTreeMap<u32, usize>| {
+        let mut held = BTreeSet::new();
+        let mut came = |item: (u8, u32), inside: &mut BTreeMap<u32, (u8, usize)>| {
             prop_assert!(inside.remove(&item.1).is_some(), "{item:?} came twice, or from nowhere");
             let before = last.insert(item.0, item.1);
             prop_assert!(before < Some(item.1), "{item:?} after {before:?}");
@@ -81,16 +86,26 @@ proptest! {
             match step {
                 Step::Push { lane, weight } => {
                     queue.push(lane, weight, (lane, next));
-                    inside.insert(next, weight);
+                    inside.insert(next, (lane, weight));
                     next += 1;
                 }
                 Step::Pop => {
-                    let (weight, popped) = (queue.next_weight(), queue.pop());
-                    prop_assert_eq!(popped.is_some(), !inside.is_empty());
-                    if let Some((lane, item)) = popped {
-                        prop_assert_eq!((lane, weight), (item.0, inside.get(&item.1).copied()));
+                    let (lane, weight, popped) = (queue.next_lane(), queue.next_weight(), queue.pop());
+                    prop_assert_eq!(popped.is_some(), inside.values().any(|(lane, _)| !held.contains(lane)));
+                    if let Some((key, item)) = popped {
+                        prop_assert!(!held.contains(&key), "lane {} is held", key);
+                        prop_assert_eq!((lane, key), (Some(item.0), item.0));
+                        prop_assert_eq!(weight, inside.get(&item.1).map(|(_, weight)| *weight));
                         came(item, &mut inside)?;
                     }
+                }
+                Step::Hold { lane } => {
+                    queue.hold(lane);
+                    held.insert(lane);
+                }
+                Step::Release { lane } => {
+                    queue.release(lane);
+                    held.remove(&lane);
                 }
                 Step::Remove { modulus } => {
                     let removed = queue.remove_where(|(_, n)| n % modulus == 0);
@@ -99,10 +114,17 @@ proptest! {
                     inside.retain(|n, _| n % modulus != 0);
                 }
             }
-            prop_assert_eq!(queue.weight, inside.values().sum::<usize>());
+            let ready: Vec<(u8, usize)> = inside.values().copied().filter(|(lane, _)| !held.contains(lane)).collect();
+            let lanes: BTreeSet<u8> = ready.iter().map(|(lane, _)| *lane).collect();
+            let weight = ready.iter().map(|(_, weight)| weight).sum::<usize>();
+            prop_assert_eq!((queue.len(), queue.weight()), (ready.len(), weight));
+            prop_assert_eq!(queue.lanes(), lanes.len() + held.len());
             prop_assert_eq!(queue.is_empty(), inside.is_empty());
-            prop_assert_eq!(queue.fresh.len() + queue.ring.len(), queue.lanes.len(), "every lane is in one list, once");
+            let listed = queue.lanes.values().filter(|lane| lane.listed).count();
+            prop_assert_eq!(queue.fresh.len() + queue.ring.len(), listed, "a lane is in one list, once");
+            prop_assert!(queue.lanes.iter().all(|(key, lane)| lane.listed || held.contains(key)), "or it is held");
         }
+        (0..6).for_each(|lane| queue.release(lane));
         for item in drained(&mut queue) {
             came(item, &mut inside)?;
         }
@@ -156,4 +178,19 @@ proptest! {
         }
         prop_assert!(served[1].abs_diff(served[2]) <= 2 * (QUANTUM + large), "{served:?}");
     }
+}
+
+#[test]
+fn a_lane_that_is_held_keeps_its_place_and_is_served_after_the_others() {
+    let mut queue = queue();
+    queue.push(1, 10, (1, 0));
+    queue.hold(1);
+    queue.push(1, 10, (1, 1));
+    queue.push(2, 10, (2, 0));
+    assert_eq!((queue.len(), queue.lanes()), (1, 2));
+    assert_eq!(queue.pop(), Some((2, (2, 0))));
+    assert_eq!((queue.pop(), queue.is_empty()), (None, false));
+    queue.release(1);
+    queue.push(3, 10, (3, 0));
+    assert_eq!(drained(&mut queue), [(3, 0), (1, 0), (1, 1)], "who has just come first, then in its own order");
 }

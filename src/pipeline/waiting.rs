@@ -7,11 +7,15 @@
 //!   a lane a site; too many: Busy
 //! ```
 //!
+//! While events of a site are being written, its others wait in their lane: two batches with the same visits would wait for each other's locks,
+//! and write the same sessions twice. So a writer beside another has other sites, and finds together what came in of one.
+//!
 //! Space is taken from admission until the outcome, so it bounds what is being written, too. Who cannot wait for space (`submit`) comes in as a
 //! whole or not at all: half a request that was written has cost the writers time, and its sender nothing but another try. Nobody of these
 //! waits longer than a bound for a writer; then the answer is Busy, and the writer's time is for those who still listen. Who can
 //! wait for space (`take_when_room`) has a room apart, and as many ask for a place in it as fit into a second one.
 
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -26,16 +30,18 @@ use crate::domain::id::SiteId;
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::telemetry;
 
-/// What a site gets in one turn, bytes: some dozens of usual events, so that a visit's events mostly stay together.
-const QUANTUM: usize = 128 << 10;
+/// What a site gets in one turn, bytes: a hundred and more usual events, so that a visit's events mostly stay together.
+const QUANTUM: usize = 256 << 10;
 /// The same where they wait for space: there nothing is kept together, so turns may be short.
 const ASKING_QUANTUM: usize = 16 << 10;
 /// Whoever waits for space may fill at least this, however small the room is that they wait for.
 const SMALLEST_ASKING: usize = 4 << 20;
 /// However slow the database is, a batch has room for so many events.
 const SMALLEST_BATCH: usize = 16;
-/// While a batch is being written, the next one gathers for this long, unless it is full before or nothing is being written any more. Half as many
-/// batches of twice the size cost the database far less, and are less in each other's way; where it is far away, its writers still overlap.
+/// So many batches are written beside each other without delay, each with its share of the sites that have something.
+const ABREAST: usize = 2;
+/// While these are being written, the next one gathers for this long, unless it is full before. Half as many batches of twice the size cost the
+/// database far less; where it is far away, its writers still overlap.
 const GATHERING: Duration = Duration::from_millis(20);
 /// What an event costs beside itself while it waits: its place, its answer, and what its caller keeps of it.
 const OVERHEAD: usize = 512;
@@ -68,7 +74,7 @@ pub(super) struct WaitingRoom {
 
 struct Inside {
     queue: FairQueue<SiteId, Box<Waiting>>,
-    /// Since when a batch gathers in the queue; none while it is empty.
+    /// Since when a batch gathers in the queue; none while there is nothing that may be written.
     gathering: Option<Instant>,
     /// Batches that were taken and are not settled.
     writing: usize,
@@ -114,6 +120,8 @@ pub(super) struct Batch {
     pub since: Instant,
     answers: Vec<oneshot::Sender<Outcome>>,
     places: Vec<Place>,
+    /// Whose lanes are held until it is settled.
+    sites: BTreeSet<SiteId>,
     bytes: usize,
     /// More was waiting than it could hold.
     full: bool,
@@ -263,12 +271,27 @@ impl WaitingRoom {
     }
 
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
-        let (mut taken, mut bytes) = (Vec::new(), 0);
-        while taken.len() < inside.batch && (taken.is_empty() || bytes < self.config.batch_bytes) {
+        let (mut taken, mut bytes, mut sites, mut visits) = (Vec::new(), 0, BTreeSet::new(), HashSet::new());
+        let share = inside.queue.lanes().div_ceil(ABREAST);
+        let most = inside.batch.max(1);
+        let room = |events: usize, bytes: usize, visits: usize| {
+            events < most && visits < self.config.batch_visits && bytes < self.config.batch_bytes
+        };
+        while taken.is_empty() || room(taken.len(), bytes, visits.len()) {
+            let Some(site) = inside.queue.next_lane() else { break };
+            if !sites.contains(&site) {
+                if sites.len() == share {
+                    break;
+                }
+                sites.insert(site);
+            }
             let Some((_, waiting)) = inside.queue.pop() else { break };
             bytes += waiting.counted;
+            visits.insert((site, waiting.event.session_id));
             taken.push(*waiting);
         }
+        let full = inside.queue.len() > 0;
+        sites.iter().for_each(|site| inside.queue.hold(*site));
         inside.gather_anew();
         let since = taken.iter().map(|waiting| waiting.since).min()?;
         inside.writing += 1;
@@ -277,8 +300,9 @@ impl WaitingRoom {
             since,
             answers: Vec::with_capacity(taken.len()),
             places: Vec::with_capacity(taken.len()),
+            sites,
             bytes,
-            full: !inside.queue.is_empty(),
+            full,
             begun: Instant::now(),
             room: self.clone(),
         };
@@ -319,19 +343,24 @@ impl WaitingRoom {
         self.bell.notify_one();
     }
 
-    fn settle(&self, places: &[Place], written: Option<Written>) {
+    fn settle(&self, places: &[Place], sites: &BTreeSet<SiteId>, written: Option<Written>) {
         let mut inside = self.inside();
+        let writing = inside.writing;
         inside.writing -= 1;
+        sites.iter().for_each(|site| inside.queue.release(*site));
         if let Some(written) = written {
-            inside.room.wrote(written.bytes, written.took, self.config.writers.max(1), written.full);
+            inside.room.wrote(written.bytes, written.took, writing, written.full);
             inside.fit_batches(&written, &self.config);
         }
         places.iter().for_each(|place| inside.leave(*place));
         inside.let_in();
+        if inside.gathering.is_none() {
+            inside.gather_anew();
+        }
         self.look(&inside);
-        let waiting = !inside.queue.is_empty();
+        let ring = inside.gathering.is_some() || inside.closed;
         drop(inside);
-        if waiting {
+        if ring {
             self.bell.notify_one();
         }
     }
@@ -353,20 +382,22 @@ impl Inside {
         let site = waiting.event.site_id;
         let room = if waiting.patient { &mut self.patient } else { &mut self.room };
         room.enter(site, waiting.counted);
-        self.gathering.get_or_insert_with(Instant::now);
         self.queue.push(site, waiting.counted, Box::new(waiting));
+        if self.gathering.is_none() {
+            self.gather_anew();
+        }
     }
 
     /// Some have left the queue: what is left begins the next batch.
     fn gather_anew(&mut self) {
-        self.gathering = (!self.queue.is_empty()).then(Instant::now);
+        self.gathering = (self.queue.len() > 0).then(Instant::now);
     }
 
     /// When the next batch is to be taken.
     fn due(&self, config: &PipelineConfig) -> Due {
         match self.gathering {
             None => Due::Never,
-            Some(_) if self.closed || self.writing == 0 => Due::Now,
+            Some(_) if self.closed || self.writing < ABREAST => Due::Now,
             Some(_) if self.queue.len() >= self.batch || self.queue.weight() >= config.batch_bytes => Due::Now,
             Some(since) if since.elapsed() >= GATHERING => Due::Now,
             Some(since) => Due::At(since + GATHERING),
@@ -423,7 +454,7 @@ impl Batch {
         let places = std::mem::take(&mut self.places);
         // Before the answers, so that whoever hears one finds the space free.
         let (bytes, took, full) = (self.bytes, self.begun.elapsed(), self.full);
-        self.room.settle(&places, Some(Written { events: self.answers.len(), bytes, took, full }));
+        self.room.settle(&places, &self.sites, Some(Written { events: self.answers.len(), bytes, took, full }));
         for (sender, outcome) in std::mem::take(&mut self.answers).into_iter().zip(outcomes) {
             answer(sender, outcome);
         }
@@ -433,7 +464,7 @@ impl Batch {
 impl Drop for Batch {
     fn drop(&mut self) {
         if !self.places.is_empty() {
-            self.room.settle(&self.places, None);
+            self.room.settle(&self.places, &self.sites, None);
         }
     }
 }

@@ -48,13 +48,14 @@ async fn a_request_is_taken_as_a_whole_or_not_at_all_and_its_space_comes_back() 
     assert_eq!(room.take(mixed).map(|taken| taken.len()), Err(Unavailable::Busy));
     let quiet = room.take(vec![event(2, 7)]).expect("another site");
     let batch = room.batch().await.expect("it is open");
-    assert_eq!(batch.events.len(), 51);
+    let other = room.batch().await.expect("it is open");
+    assert_eq!((batch.events.len(), other.events.len()), (50, 1), "a site each");
     assert_eq!(
         room.take(request(300)).map(|taken| taken.len()),
         Err(Unavailable::Busy),
         "what is being written counts"
     );
-    busy(batch);
+    [batch, other].into_iter().for_each(busy);
     for answer in first.into_iter().chain(quiet) {
         assert_eq!(answer.await, Ok(Outcome::Unavailable(Unavailable::Database)));
     }
@@ -66,22 +67,22 @@ async fn a_request_is_taken_as_a_whole_or_not_at_all_and_its_space_comes_back() 
 }
 
 #[tokio::test]
-async fn every_batch_has_the_quiet_site_and_stays_large() {
+async fn a_quiet_site_is_written_beside_a_flood_whose_batches_stay_large() {
     let room = room(256, 4000);
     for n in 0..2000 {
         room.take(vec![event(1, n)]).expect("there is space");
     }
     for round in 0..3 {
         room.take(vec![event(2, round)]).expect("there is space");
-        let batch = room.batch().await.expect("it is open");
-        assert_eq!(batch.events.len(), 256);
-        let said = said(&batch);
-        assert_eq!(said.iter().filter(|(site, _)| *site == 2).collect::<Vec<_>>(), [&(2, round)]);
-        let flood: Vec<u32> = said.iter().filter(|(site, _)| *site == 1).map(|(_, n)| *n).collect();
-        assert!(flood.is_sorted(), "in the order of their coming: {flood:?}");
+        let quiet = room.batch().await.expect("it is open");
+        assert_eq!(said(&quiet), [(2, round)], "it came last, and waits for nobody");
+        let flood = room.batch().await.expect("it is open");
+        let said: Vec<u32> = said(&flood).into_iter().filter(|(site, _)| *site == 1).map(|(_, n)| n).collect();
+        assert_eq!(said.len(), 256);
+        assert!(said.is_sorted(), "in the order of their coming: {said:?}");
         assert_eq!(room.pressure(), Pressure::High);
         assert!(room.refuses(1_u128.to_site(), 2000) && !room.refuses(2_u128.to_site(), 100));
-        busy(batch);
+        [quiet, flood].into_iter().for_each(busy);
     }
 }
 
@@ -100,7 +101,7 @@ async fn batches_that_take_too_long_become_smaller_and_large_again() {
         }
         busy(batch);
     }
-    assert_eq!(sizes[..6], [256, 128, 64, 32, 16, 16]);
+    assert_eq!(sizes[..6], [512, 256, 128, 64, 32, 16]);
     assert_eq!(sizes[6..], [32, 64, 128, 256]);
 }
 
@@ -192,31 +193,67 @@ async fn closed_it_takes_nothing_and_gives_out_what_it_took() {
 }
 
 #[tokio::test]
-async fn while_a_batch_is_written_the_next_one_gathers_until_it_is_full_or_its_moment_has_passed() {
-    let room = room(4, 100);
-    let request = |n: u32, events: u32| (0..events).map(|at| event(1, n + at)).collect::<Vec<_>>();
-    room.take(request(0, 1)).expect("there is space");
-    let first = room.batch().await.expect("an idle server waits for nothing");
+async fn batches_beside_each_other_have_sites_of_their_own() {
+    let room = room(256, 400);
+    let all: Vec<Event> = (0..40).map(|n| event(u128::from(n % 4) + 1, n)).collect();
+    room.take(all).expect("there is space");
+    let first = room.batch().await.expect("nobody writes");
+    let second = room.batch().await.expect("one writes");
+    let sites = |batch: &Batch| said(batch).into_iter().map(|(site, _)| site).collect::<BTreeSet<u128>>();
+    assert_eq!((sites(&first).len(), sites(&second).len()), (2, 2), "half each");
+    assert!(sites(&first).is_disjoint(&sites(&second)));
+    assert_eq!((first.events.len(), second.events.len()), (20, 20), "all that came in of them");
 
-    room.take(request(10, 3)).expect("there is space");
+    // What comes in of the first waits for it, though a writer is free and nothing else waits.
+    let site = *sites(&first).first().expect("two");
+    room.take(vec![event(site, 100)]).expect("there is space");
+    busy(second);
+    assert!(tokio::time::timeout(GATHERING * 4, room.batch()).await.is_err(), "its visits are being written");
+    busy(first);
+    assert_eq!(said(&room.batch().await.expect("it is open")), [(site, 100)]);
+}
+
+#[tokio::test]
+async fn a_batch_has_a_bound_of_visits() {
+    let room = Arc::new(WaitingRoom::new(PipelineConfig { batch_visits: 3, ..PipelineConfig::default() }));
+    let visit = |n: u32| {
+        let mut event = event(1, n);
+        event.session_id = crate::domain::id::SessionId::from_uuid(Uuid::from_u128(u128::from(n)));
+        event
+    };
+    room.take((0..10).map(|n| visit(n / 2)).collect()).expect("there is space");
+    let batch = room.batch().await.expect("it is open");
+    assert_eq!(said(&batch).len(), 5, "two events of two visits, and the one that begins the third");
+}
+
+#[tokio::test]
+async fn while_two_are_written_the_next_one_gathers_until_it_is_full_or_its_moment_has_passed() {
+    let room = room(4, 100);
+    let request = |site: u128, events: u32| (0..events).map(|at| event(site, at)).collect::<Vec<_>>();
+    room.take(request(1, 1)).expect("there is space");
+    let first = room.batch().await.expect("an idle server waits for nothing");
+    room.take(request(2, 1)).expect("there is space");
+    let second = room.batch().await.expect("nor one with one writer");
+
+    room.take(request(3, 3)).expect("there is space");
     let early = tokio::time::timeout(GATHERING / 4, room.batch()).await;
-    assert!(early.is_err(), "three of four, and somebody is writing");
-    room.take(request(20, 1)).expect("there is space");
+    assert!(early.is_err(), "three of four, and two are writing");
+    room.take(request(3, 1)).expect("there is space");
     let full = room.batch().await.expect("it is full");
     assert_eq!(full.events.len(), 4);
 
-    room.take(request(30, 2)).expect("there is space");
+    room.take(request(4, 2)).expect("there is space");
     let since = Instant::now();
     let late = room.batch().await.expect("its moment has passed");
     assert!(since.elapsed() >= GATHERING / 2, "{:?}", since.elapsed());
     assert_eq!(late.events.len(), 2);
 
-    room.take(request(40, 2)).expect("there is space");
+    room.take(request(5, 2)).expect("there is space");
     let next = tokio::spawn({
         let room = room.clone();
         async move { room.batch().await.map(|batch| batch.events.len()) }
     });
     tokio::task::yield_now().await;
-    [first, full, late].into_iter().for_each(busy);
-    assert_eq!(next.await.expect("no panic"), Some(2), "nobody writes any more");
+    [first, second, full].into_iter().for_each(busy);
+    assert_eq!(next.await.expect("no panic"), Some(2), "one still writes");
 }
