@@ -1,10 +1,22 @@
 //! The visitor's side of an event: device, place, and an address that is cut before anybody keeps it.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
 use super::text::{MAX_SHORT, clean_some};
+
+/// The longest user agent that is read, in characters.
+const MAX_AGENT: usize = 1024;
+/// Most user agents that a thread remembers; then it forgets them all, and those that are about are soon there again.
+const REMEMBERED: usize = 512;
+
+thread_local! {
+    /// What was read of user agents: a site's visitors have few different ones, and reading one costs more than the rest of an event.
+    static READ: RefCell<HashMap<Box<str>, Option<Device>>> = RefCell::default();
+}
 
 /// What a user agent says of the device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,7 +30,24 @@ pub struct Device {
 impl Device {
     /// Reads a user agent; nothing for an empty one.
     pub fn of_user_agent(user_agent: &str) -> Option<Self> {
-        let agent = clean_some(user_agent, 1024)?;
+        if user_agent.len() > MAX_AGENT {
+            return Self::read(user_agent);
+        }
+        READ.with_borrow_mut(|known| {
+            if let Some(device) = known.get(user_agent) {
+                return device.clone();
+            }
+            if known.len() >= REMEMBERED {
+                known.clear();
+            }
+            let device = Self::read(user_agent);
+            known.insert(user_agent.into(), device.clone());
+            device
+        })
+    }
+
+    fn read(user_agent: &str) -> Option<Self> {
+        let agent = clean_some(user_agent, MAX_AGENT)?;
         let Some(parsed) = woothee::parser::Parser::new().parse(&agent) else {
             return Some(Self { kind: "other".to_owned(), os: None, browser: None });
         };
