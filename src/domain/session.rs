@@ -173,18 +173,27 @@ impl Session {
 
     /// Which event told what, in the compact form of the `provenance` column.
     pub fn provenance(&self) -> Provenance {
-        let mut by_event: BTreeMap<Stamp, Told> = BTreeMap::new();
+        let mut evidence: Vec<Evidence> = Vec::new();
+        let mut of = |stamp: Stamp, tell: &mut dyn FnMut(&mut Evidence)| {
+            let at = evidence.iter().position(|entry| entry.stamp() == stamp).unwrap_or_else(|| {
+                evidence.push(Evidence::by(stamp));
+                evidence.len() - 1
+            });
+            tell(&mut evidence[at]);
+        };
         for (field, first) in &self.firsts {
-            by_event.entry(first.stamp).or_default().fields.push(*field);
+            of(first.stamp, &mut |entry| entry.fields.push(*field));
         }
         for (signal, stamp) in &self.raised {
-            by_event.entry(*stamp).or_default().signals |= 1 << *signal as u8;
+            of(*stamp, &mut |entry| entry.signals |= 1 << *signal as u8);
         }
-        by_event.entry(self.exit.stamp).or_default().exit = true;
-        by_event.entry(self.source.stamp).or_default().traffic = Some(self.source.traffic.rule);
-        Provenance(
-            by_event.into_iter().map(|(stamp, told)| Evidence { at: stamp.at, event: stamp.event, told }).collect(),
-        )
+        of(self.exit.stamp, &mut |entry| entry.exit = true);
+        of(self.source.stamp, &mut |entry| entry.traffic = Some(self.source.traffic.rule));
+        evidence.sort_unstable_by_key(Evidence::stamp);
+        if let Some(most) = evidence.iter_mut().rev().max_by_key(|entry| entry.fields.len()) {
+            most.rest = !std::mem::take(&mut most.fields).is_empty();
+        }
+        Provenance(evidence)
     }
 }
 
@@ -238,29 +247,35 @@ fn told_by(event: &Event) -> impl Iterator<Item = (Field, &str)> {
 #[serde(transparent)]
 pub struct Provenance(pub Vec<Evidence>);
 
-/// What one event tells of a session.
+/// The fields, signals and ends of a session that one event is the first (or last) to tell.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evidence {
     pub event: EventId,
     #[serde(with = "chrono::serde::ts_microseconds")]
     pub at: DateTime<Utc>,
-    #[serde(flatten)]
-    pub told: Told,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fields: Vec<Field>,
+    /// It told every field that no entry names. Mostly that is nearly all of them, and a session is written anew with each of its events.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rest: bool,
+    /// The bits of [`SignalSet`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub signals: i32,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exit: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<TrafficRule>,
 }
 
-/// The fields, signals and ends that one event is the first (or last) to tell.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Told {
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub fields: Vec<Field>,
-    /// The bits of [`SignalSet`].
-    #[serde(skip_serializing_if = "is_zero")]
-    pub signals: i32,
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub exit: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub traffic: Option<TrafficRule>,
+impl Evidence {
+    fn by(stamp: Stamp) -> Self {
+        let Stamp { at, event } = stamp;
+        Self { event, at, fields: Vec::new(), rest: false, signals: 0, exit: false, traffic: None }
+    }
+
+    pub fn stamp(&self) -> Stamp {
+        Stamp { at: self.at, event: self.event }
+    }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // the signature that serde asks for

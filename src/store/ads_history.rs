@@ -18,37 +18,34 @@ use crate::domain::session::with_history;
 use crate::domain::signal::SignalSet;
 
 crate::statement!(
-    /// For each asked (site, fingerprint, time): is there a direct session in the window before it? $3 and $4 are the window's ends.
+    /// For each asked (site, fingerprint, time): is there a direct session in the window before it? The months are told one by one: between two
+    /// ends the planner, who knows nothing of a new month, would as soon read all sessions of the site in the order of the primary key.
     EARLIER_ADS,
-    Months::Between(1, 2),
-    [
-        DATE, DATE, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY, DATE_ARRAY, UUID_ARRAY,
-    ],
+    Months::Of(1),
+    [DATE_ARRAY, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY, DATE_ARRAY, UUID_ARRAY],
     "SELECT EXISTS ( \
          SELECT FROM public.sessions d \
-         WHERE d.created_month BETWEEN $1 AND $2 AND d.site_id = asked.site_id AND d.fingerprint = asked.fingerprint \
+         WHERE d.created_month = ANY ($1) AND d.site_id = asked.site_id AND d.fingerprint = asked.fingerprint \
            AND d.attribution = 'Direct-to-Ads' AND d.created_at >= asked.since AND d.created_at < asked.created_at \
-           AND NOT EXISTS (SELECT FROM unnest($7, $8, $9) AS known (site_id, month, id) \
+           AND NOT EXISTS (SELECT FROM unnest($6, $7, $8) AS known (site_id, month, id) \
                            WHERE known.id = d.id AND known.month = d.created_month AND known.site_id = d.site_id)) \
-     FROM unnest($3, $4, $5, $6) WITH ORDINALITY AS asked (site_id, fingerprint, since, created_at, position) \
+     FROM unnest($2, $3, $4, $5) WITH ORDINALITY AS asked (site_id, fingerprint, since, created_at, position) \
      ORDER BY position"
 );
 
 crate::statement!(
-    /// The sessions that a direct session reaches. Looked up reach by reach, as `LOAD_SESSIONS`.
+    /// The sessions that a direct session reaches. Looked up reach by reach, as `LOAD_SESSIONS`, and the months as in `EARLIER_ADS`.
     LATER_SESSIONS,
-    Months::Between(1, 2),
-    [
-        DATE, DATE, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY, DATE_ARRAY, UUID_ARRAY,
-    ],
+    Months::Of(1),
+    [DATE_ARRAY, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY, DATE_ARRAY, UUID_ARRAY],
     "SELECT DISTINCT s.site_id, s.created_month, s.id, s.fingerprint, s.created_at, s.signals, s.attribution \
-     FROM unnest($3, $4, $5, $6) AS reach (site_id, fingerprint, after, until) \
+     FROM unnest($2, $3, $4, $5) AS reach (site_id, fingerprint, after, until) \
      CROSS JOIN LATERAL ( \
        SELECT s.site_id, s.created_month, s.id, s.fingerprint, s.created_at, s.signals, s.attribution FROM public.sessions s \
        WHERE s.site_id = reach.site_id AND s.fingerprint = reach.fingerprint \
          AND s.created_at > reach.after AND s.created_at <= reach.until \
-         AND s.created_month BETWEEN $1 AND $2 AND s.attribution <> 'Direct-to-Ads' OFFSET 0) AS s \
-     WHERE NOT EXISTS (SELECT FROM unnest($7, $8, $9) AS known (site_id, month, id) \
+         AND s.created_month = ANY ($1) AND s.attribution <> 'Direct-to-Ads' OFFSET 0) AS s \
+     WHERE NOT EXISTS (SELECT FROM unnest($6, $7, $8) AS known (site_id, month, id) \
                        WHERE known.id = s.id AND known.month = s.created_month AND known.site_id = s.site_id) \
      ORDER BY s.site_id, s.created_month, s.id"
 );
@@ -99,8 +96,14 @@ impl Keys {
 }
 
 /// The months of all instants from the earliest to the latest; none without any.
-fn span(instants: impl Iterator<Item = DateTime<Utc>> + Clone) -> Option<(Month, Month)> {
-    Some(months_between(instants.clone().min()?, instants.max()?))
+fn span(instants: impl Iterator<Item = DateTime<Utc>> + Clone) -> Option<Vec<chrono::NaiveDate>> {
+    let (first, last) = months_between(instants.clone().min()?, instants.max()?);
+    Some(
+        std::iter::successors(Some(first), |month| Some(month.next()))
+            .take_while(|month| *month <= last)
+            .map(Month::first_day)
+            .collect(),
+    )
 }
 
 /// For each visit: does a stored direct session, other than `known`, lie in the window before it?
@@ -111,13 +114,12 @@ pub async fn follow_an_ad(
 ) -> Result<Vec<bool>, StoreError> {
     let since: Vec<_> = visits.iter().map(|visit| visit.created_at - crate::domain::ads_history::WINDOW).collect();
     let created: Vec<_> = visits.iter().map(|visit| visit.created_at).collect();
-    let Some((from, to)) = span(since.iter().chain(&created).copied()) else { return Ok(Vec::new()) };
+    let Some(months) = span(since.iter().chain(&created).copied()) else { return Ok(Vec::new()) };
     let sites: Vec<_> = visits.iter().map(|visit| visit.key.site_id.as_uuid()).collect();
     let fingerprints: Vec<_> = visits.iter().map(|visit| visit.fingerprint.as_str()).collect();
     let known = Keys::of(known.iter());
-    let (from, to) = (from.first_day(), to.first_day());
-    let params: [&(dyn ToSql + Sync); 9] =
-        [&from, &to, &sites, &fingerprints, &since, &created, &known.sites, &known.months, &known.ids];
+    let params: [&(dyn ToSql + Sync); 8] =
+        [&months, &sites, &fingerprints, &since, &created, &known.sites, &known.months, &known.ids];
     let rows = tx.query(&EARLIER_ADS, &params).await?;
     rows.iter().map(|row| row.try_get(0).map_err(|error| StoreError::unreadable(EARLIER_ADS.name, error))).collect()
 }
@@ -130,13 +132,12 @@ pub async fn followers(
 ) -> Result<Vec<Follower>, StoreError> {
     let after: Vec<_> = reaches.iter().map(|reach| reach.after).collect();
     let until: Vec<_> = reaches.iter().map(|reach| reach.until).collect();
-    let Some((from, to)) = span(after.iter().chain(&until).copied()) else { return Ok(Vec::new()) };
+    let Some(months) = span(after.iter().chain(&until).copied()) else { return Ok(Vec::new()) };
     let sites: Vec<_> = reaches.iter().map(|reach| reach.key.site_id.as_uuid()).collect();
     let fingerprints: Vec<_> = reaches.iter().map(|reach| reach.fingerprint.as_str()).collect();
     let known = Keys::of(known.iter());
-    let (from, to) = (from.first_day(), to.first_day());
-    let params: [&(dyn ToSql + Sync); 9] =
-        [&from, &to, &sites, &fingerprints, &after, &until, &known.sites, &known.months, &known.ids];
+    let params: [&(dyn ToSql + Sync); 8] =
+        [&months, &sites, &fingerprints, &after, &until, &known.sites, &known.months, &known.ids];
     let rows = tx.query(&LATER_SESSIONS, &params).await?;
     rows.iter()
         .map(|row| -> Result<Follower, Box<dyn std::error::Error + Send + Sync>> {

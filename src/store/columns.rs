@@ -51,6 +51,23 @@ impl Columns for Tuple {
     }
 }
 
+/// A `jsonb` that a hand may have written: what does not read as `T` is its default. `NULL` is none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Lenient<T>(pub T);
+
+impl<'r, T: serde::de::DeserializeOwned + Default> FromSql<'r> for Lenient<T> {
+    fn from_sql(_: &Type, raw: &'r [u8]) -> Result<Self, Unreadable> {
+        match raw {
+            [1, text @ ..] => Ok(Self(serde_json::from_slice(text).unwrap_or_default())),
+            _ => Err("no jsonb of the version that we know".into()),
+        }
+    }
+
+    fn accepts(kind: &Type) -> bool {
+        *kind == Type::JSONB
+    }
+}
+
 /// A `numeric` as PostgreSQL prints it, digit for digit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decimal(pub String);

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
+use tokio_postgres::types::Json;
 use uuid::Uuid;
 
 use super::columns::{Columns, Unreadable};
@@ -50,8 +50,10 @@ crate::statement!(
     Months::In(&[1, 2, 3]),
     [DATE, DATE, DATE, UUID_ARRAY, UUID_ARRAY],
     "SELECT e.site_id, e.session_month, e.session_id, e.id FROM unnest($4, $5) AS wanted (site_id, id) \
+     CROSS JOIN (VALUES ($1), ($2), ($3)) AS near (month) \
      CROSS JOIN LATERAL (SELECT e.site_id, e.session_month, e.session_id, e.id FROM public.events e \
-       WHERE e.site_id = wanted.site_id AND e.id = wanted.id AND e.session_month IN ($1, $2, $3) OFFSET 0) AS e"
+       WHERE e.site_id = wanted.site_id AND e.session_month = near.month AND e.id = wanted.id \
+         AND e.session_month IN ($1, $2, $3) OFFSET 0) AS e"
 );
 
 crate::statement!(
@@ -89,7 +91,7 @@ pub async fn insert(tx: &Transaction<'_>, events: &[(SessionKey, &Event)]) -> Re
                 &column(events, |_, event| event.value),
                 &column(events, |_, event| event.signals.bits()),
                 &column(events, |_, event| i16::from(event.signals.score().get())),
-                &column(events, |_, event| Value::Object(event.metadata.clone())),
+                &column(events, |_, event| Json(&event.metadata)),
                 &column(events, |_, event| event.imported_at),
             ],
         )

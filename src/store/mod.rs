@@ -18,6 +18,7 @@ pub mod locks;
 pub mod migrate;
 pub mod partitions;
 pub mod pool;
+mod ready;
 pub mod rematches;
 pub mod retention;
 pub mod scoring;
@@ -67,6 +68,9 @@ impl Store {
         let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
             .unwrap_or_else(|_| Err(StoreError::away(CONNECT, "no connection became free in time")))?;
+        if purpose == Purpose::Serve {
+            connection.make_ready(&purpose.opening()).await?;
+        }
         Ok(Transaction::on(connection, purpose))
     }
 

@@ -10,6 +10,7 @@ use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::StoreError;
+use super::ready::{self, Habits, Ready};
 
 /// A statement that nobody waits for any more is cancelled within this time, or left to its own bound.
 const CANCEL_LIMIT: Duration = Duration::from_secs(3);
@@ -19,11 +20,27 @@ pub struct Connection {
     client: Client,
     in_transaction: AtomicBool,
     tls: Option<MakeRustlsConnect>,
+    /// None behind a pooler.
+    ready: Option<Ready>,
 }
 
 impl Connection {
     pub(super) fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// What the server keeps ready on it; none behind a pooler.
+    pub(super) fn ready(&self) -> Option<&Ready> {
+        self.ready.as_ref()
+    }
+
+    /// Prepares what is used often and not ready here. Between transactions only.
+    pub(super) async fn make_ready(&self, opening: &str) -> Result<(), StoreError> {
+        let Some(ready) = self.ready().filter(|ready| ready.lacks()) else { return Ok(()) };
+        self.set_in_transaction(true);
+        ready.fill(&self.client, opening).await.map_err(|error| StoreError::of("prepare statements", error))?;
+        self.set_in_transaction(false);
+        Ok(())
     }
 
     pub(super) fn set_in_transaction(&self, open: bool) {
@@ -59,6 +76,7 @@ pub struct Manager {
     /// Rung whenever a connection cannot be opened, so that nobody waits for one that will not come.
     refused: Arc<tokio::sync::Notify>,
     tls: Option<MakeRustlsConnect>,
+    habits: Arc<Habits>,
 }
 
 /// The connection string cannot be used. It never repeats the string: there is a password in it.
@@ -89,7 +107,7 @@ impl Manager {
             SslMode::Disable => None,
             _ => Some(MakeRustlsConnect::new(client_tls(verify).map_err(|why| UrlError::Tls(setting, why))?)),
         };
-        Ok(Self { config, refused: Arc::default(), tls })
+        Ok(Self { config, refused: Arc::default(), tls, habits: Arc::default() })
     }
 
     /// Where and as whom to connect. There is a password in it.
@@ -109,18 +127,45 @@ impl Manager {
 
     /// A connection outside the pool, for migrations.
     pub(super) async fn open(&self) -> Result<Client, tokio_postgres::Error> {
+        self.open_by(&self.config).await
+    }
+
+    async fn open_by(&self, config: &Config) -> Result<Client, tokio_postgres::Error> {
         match &self.tls {
             None => {
-                let (client, connection) = self.config.connect(NoTls).await?;
+                let (client, connection) = config.connect(NoTls).await?;
                 tokio::spawn(async move { log_end(connection.await) });
                 Ok(client)
             }
             Some(tls) => {
-                let (client, connection) = self.config.connect(tls.clone()).await?;
+                let (client, connection) = config.connect(tls.clone()).await?;
                 tokio::spawn(async move { log_end(connection.await) });
                 Ok(client)
             }
         }
+    }
+
+    /// A connection of the pool, with what can be kept ready on it.
+    async fn open_ready(&self) -> Result<(Client, Option<Ready>), tokio_postgres::Error> {
+        if self.habits.behind_pooler() {
+            return Ok((self.open().await?, None));
+        }
+        let (word, option) = ready::word();
+        let mut config = self.config.clone();
+        config.options(match config.get_options() {
+            Some(options) => format!("{options} {option}"),
+            None => option,
+        });
+        let client = match self.open_by(&config).await {
+            Ok(client) => client,
+            Err(error) if self.habits.refused(&error) => {
+                tracing::info!("there is a pooler before the database: statements are not kept ready");
+                return Ok((self.open().await?, None));
+            }
+            Err(error) => return Err(error),
+        };
+        let ready = Ready::on(&client, &word, self.habits.clone()).await?;
+        Ok((client, ready))
     }
 }
 
@@ -135,11 +180,12 @@ impl bb8::ManageConnection for Manager {
     type Error = tokio_postgres::Error;
 
     async fn connect(&self) -> Result<Connection, tokio_postgres::Error> {
-        let opened = self.open().await;
+        let opened = self.open_ready().await;
         if opened.is_err() {
             self.refused.notify_waiters();
         }
-        Ok(Connection { client: opened?, in_transaction: AtomicBool::new(false), tls: self.tls.clone() })
+        let (client, ready) = opened?;
+        Ok(Connection { client, in_transaction: AtomicBool::new(false), tls: self.tls.clone(), ready })
     }
 
     async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {

@@ -8,10 +8,10 @@ use std::sync::LazyLock;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{Json, ToSql};
 use uuid::Uuid;
 
-use super::columns::{self, Unreadable};
+use super::columns::{self, Lenient, Unreadable};
 use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
@@ -91,13 +91,15 @@ pub(super) static COLUMN_NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
 
 crate::statement!(
     /// Looked up one by one (LATERAL, and OFFSET 0 keeps it so): of a month that is new the planner knows nothing, and would rather read all of it.
+    /// And month by month, so that the primary key finds them: with the month left open it reads every session of the site.
     LOAD_SESSIONS,
     Months::In(&[1, 2, 3]),
     [DATE, DATE, DATE, UUID_ARRAY, UUID_ARRAY],
     format!(
-        "SELECT {columns} FROM unnest($4, $5) AS wanted (site_id, id) \
-         CROSS JOIN LATERAL (SELECT * FROM public.sessions s WHERE s.site_id = wanted.site_id AND s.id = wanted.id \
-           AND s.created_month IN ($1, $2, $3) OFFSET 0) AS s",
+        "SELECT {columns} FROM unnest($4, $5) AS wanted (site_id, id) CROSS JOIN (VALUES ($1), ($2), ($3)) AS near (month) \
+         CROSS JOIN LATERAL (SELECT * FROM public.sessions s \
+           WHERE s.site_id = wanted.site_id AND s.created_month = near.month AND s.id = wanted.id \
+             AND s.created_month IN ($1, $2, $3) OFFSET 0) AS s",
         columns = COLUMN_NAMES.iter().map(|name| format!("s.{name}")).collect::<Vec<_>>().join(", "),
     )
 );
@@ -175,13 +177,16 @@ crate::statement!(
 );
 
 crate::statement!(
+    /// Looked up one by one, as `LOAD_SESSIONS`.
     LOAD_SESSIONS_BY_KEY,
     Months::Between(2, 3),
     [UUID, DATE, DATE, DATE_ARRAY, UUID_ARRAY],
     format!(
-        "SELECT {columns} FROM public.sessions s \
-         JOIN unnest($4, $5) AS wanted (month, id) ON s.created_month = wanted.month AND s.id = wanted.id \
-         WHERE s.site_id = $1 AND s.created_month BETWEEN $2 AND $3 ORDER BY s.created_month, s.id",
+        "SELECT {columns} FROM unnest($4, $5) AS wanted (month, id) \
+         CROSS JOIN LATERAL (SELECT * FROM public.sessions s \
+           WHERE s.site_id = $1 AND s.created_month = wanted.month AND s.id = wanted.id \
+             AND s.created_month BETWEEN $2 AND $3 OFFSET 0) AS s \
+         ORDER BY s.created_month, s.id",
         columns = COLUMN_NAMES.iter().map(|name| format!("s.{name}")).collect::<Vec<_>>().join(", "),
     )
 );
@@ -272,8 +277,8 @@ struct Columns<'s> {
     traffic_source: Vec<&'s str>,
     traffic_medium: Vec<&'s str>,
     exit_page: Vec<&'s str>,
-    click_ids: Vec<Value>,
-    provenance: Vec<Value>,
+    click_ids: Vec<Json<BTreeMap<&'static str, &'s str>>>,
+    provenance: Vec<Json<Provenance>>,
     gauges: [Vec<Option<i32>>; 5],
     call_signals: Vec<i32>,
     texts: [Vec<Option<&'s str>>; TEXT_COLUMNS.len()],
@@ -302,8 +307,8 @@ impl<'s> Columns<'s> {
         self.traffic_medium.push(&session.source.traffic.medium);
         self.exit_page.push(&session.exit.value);
         let clicks = OTHER_CLICKS.iter().filter_map(|(field, name)| Some((*name, session.first(*field)?)));
-        self.click_ids.push(Value::Object(clicks.map(|(name, id)| (name.to_owned(), id.into())).collect()));
-        self.provenance.push(serde_json::json!(session.provenance()));
+        self.click_ids.push(Json(clicks.collect()));
+        self.provenance.push(Json(session.provenance()));
         let Gauges { duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec } = session.gauges;
         for (column, gauge) in self.gauges.iter_mut().zip([duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec])
         {
@@ -349,29 +354,33 @@ pub fn read(row: &impl columns::Columns) -> Result<Session, Unreadable> {
     };
     let created_at: DateTime<Utc> = row.column("created_at")?;
     // Of a hand that wrote something else into these two, only the values count: one odd row must not hold up its neighbours.
-    let Provenance(evidence) = serde_json::from_value(row.column("provenance")?).unwrap_or_default();
+    let Lenient(Provenance(evidence)) = row.column("provenance")?;
     let untold = Stamp { at: created_at, event: EventId::from_uuid(Uuid::nil()) };
 
     let mut told_fields = BTreeMap::new();
     let mut told_signals = BTreeMap::new();
     let (mut exit_stamp, mut source_stamp, mut rule) = (untold, untold, TrafficRule::Direct);
+    let mut rest_stamp = untold;
     for entry in evidence {
-        let stamp = Stamp { at: entry.at, event: entry.event };
-        told_fields.extend(entry.told.fields.into_iter().map(|field| (field, stamp)));
-        told_signals.extend(SignalSet::from_bits(entry.told.signals).iter().map(|signal| (signal, stamp)));
-        if entry.told.exit {
+        let stamp = entry.stamp();
+        told_fields.extend(entry.fields.into_iter().map(|field| (field, stamp)));
+        told_signals.extend(SignalSet::from_bits(entry.signals).iter().map(|signal| (signal, stamp)));
+        if entry.rest {
+            rest_stamp = stamp;
+        }
+        if entry.exit {
             exit_stamp = stamp;
         }
-        if let Some(told) = entry.told.traffic {
+        if let Some(told) = entry.traffic {
             (rule, source_stamp) = (told, stamp);
         }
     }
 
-    let clicks: Map<String, Value> = serde_json::from_value(row.column("click_ids")?).unwrap_or_default();
+    let Lenient(clicks): Lenient<Map<String, Value>> = row.column("click_ids")?;
     let mut firsts = BTreeMap::new();
     let mut put = |field: Field, value: Option<String>| {
         if let Some(value) = value {
-            let stamp = told_fields.get(&field).copied().unwrap_or(untold);
+            let stamp = told_fields.get(&field).copied().unwrap_or(rest_stamp);
             firsts.insert(field, First { stamp, value });
         }
     };

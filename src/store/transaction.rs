@@ -1,7 +1,7 @@
 //! The one way to the database: a short transaction under a role of our own.
 //!
 //! Whatever role logs in, a transaction first takes the role of its [`Purpose`], which owns nothing and bypasses nothing. Roles and bounds
-//! are set with `SET LOCAL`, and statements are not prepared on the server, so a transaction pooler may stand between. A transaction that is
+//! are set with `SET LOCAL`, and what is prepared on the server is only where no pooler stands between ([`super::ready`]). A transaction that is
 //! dropped before its end takes its connection with it: nothing half done ever returns to the pool. If a statement of it still runs, because
 //! the caller's deadline passed or they hung up, the server is asked to stop it.
 
@@ -14,6 +14,7 @@ use tokio_postgres::types::ToSql;
 
 use super::error::{BEGIN, StoreError};
 use super::pool::Connection;
+use super::ready::{Found, Ready};
 use super::statement::Statement;
 use crate::domain::id::{SiteId, UserId};
 use crate::telemetry;
@@ -100,7 +101,16 @@ impl<'a> Transaction<'a> {
     /// Opens it. Statements may be sent along with this, after it: if it fails, so does all that was said to happen in the transaction, and
     /// nothing of it may be used.
     pub async fn enter(&self) -> Result<(), StoreError> {
-        self.simple(BEGIN, &self.purpose.opening()).await
+        let opening = self.purpose.opening();
+        match self.ready() {
+            Some(ready) => self.simple(BEGIN, &ready.opening(&opening)).await,
+            None => self.simple(BEGIN, &opening).await,
+        }
+    }
+
+    /// What is kept ready for its statements.
+    fn ready(&self) -> Option<&Ready> {
+        self.connection().ready().filter(|_| self.purpose == Purpose::Serve)
     }
 
     /// Opens one that sees what a replication slot's exported snapshot saw. `snapshot` is PostgreSQL's name for it.
@@ -141,10 +151,16 @@ impl<'a> Transaction<'a> {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
         assert_eq!(statement.params.len(), params.len(), "{} is called as it is declared", statement.name);
-        let typed: Vec<_> = params.iter().copied().zip(statement.params.iter().cloned()).collect();
+        let client = self.connection().client();
+        let found = self.ready().map(|ready| ready.find(statement, params));
         let started = Instant::now();
         self.busy.fetch_add(1, Ordering::Relaxed);
-        let rows = self.connection().client().query_typed((statement.sql)(), &typed).await;
+        let typed = || -> Vec<_> { params.iter().copied().zip(statement.params.iter().cloned()).collect() };
+        let rows = match found {
+            Some(Found::Ready(ready)) => client.query(&ready, params).await,
+            Some(Found::Text(sql)) => client.query_typed(&sql, &typed()).await,
+            None => client.query_typed((statement.sql)(), &typed()).await,
+        };
         self.busy.fetch_sub(1, Ordering::Relaxed);
         telemetry::time_statement(statement.name, started.elapsed(), rows.is_ok());
         rows.map_err(|error| StoreError::of(statement.name, error))
