@@ -21,6 +21,7 @@ mod log;
 mod manners;
 mod merge;
 mod nats;
+mod nats_forgets;
 mod odd_event;
 mod overload;
 mod pipeline;

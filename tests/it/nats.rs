@@ -44,7 +44,7 @@ const QUEUED: (u16, &str) = (202, "queued");
 const STORED: (u16, &str) = (200, "stored");
 
 /// Waits until so many events are stored.
-async fn stored(database: &Database, events: i64) {
+async fn stored(nats: &NatsServer, database: &Database, events: i64) {
     let began = Instant::now();
     loop {
         let there = database.count("SELECT count(*) FROM events").await;
@@ -52,7 +52,9 @@ async fn stored(database: &Database, events: i64) {
             return;
         }
         assert!(there < events, "{there} events, and {events} were sent");
-        assert!(began.elapsed() < Duration::from_secs(150), "{there} of {events} events are stored");
+        if began.elapsed() > Duration::from_secs(150) {
+            panic!("{there} of {events} events are stored\n{}", nats.figures().await);
+        }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -89,7 +91,7 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     assert_eq!(Metrics::of(&one).await.value("opsmantik_nats_published_total", &[]), Some(3.0));
 
     let mut worker = nats.worker(&database.url).await;
-    stored(&database, 102).await;
+    stored(&nats, &database, 102).await;
     nats.empty().await;
     assert_eq!(
         database
@@ -108,7 +110,7 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     worker.program.stop(STOP_LIMIT).await;
     assert_eq!(said(&post(&one, &event(200)).await), QUEUED, "it waits for the next worker");
     let mut all = nats.serve("all", &database.url, &[]).await;
-    stored(&database, 103).await;
+    stored(&nats, &database, 103).await;
     for server in [&mut one, &mut other, &mut all] {
         server.program.stop(STOP_LIMIT).await;
         assert!(!server.program.said().contains(PASSWORD), "a password was logged");
@@ -130,7 +132,7 @@ async fn a_tls_address_is_reached_by_tls_only_and_by_a_certificate_that_is_known
         tokio::join!(nats.serve("all", &database.url, &trusted), nats.serve("edge", &database.url, &[]));
     assert_eq!(ready(known.admin).await, (200, json!({"ready": true})));
     assert_eq!(said(&post(&known, &event(1)).await), QUEUED);
-    stored(&database, 1).await;
+    stored(&nats, &database, 1).await;
     assert_eq!(said(&post(&unknown, &event(2)).await), STORED, "nobody is trusted unseen, and nothing is lost");
     let (_, body) = ready(unknown.admin).await;
     assert!(body["warnings"][0].as_str().is_some_and(|why| why.starts_with("queue: NATS is away")), "{body}");
@@ -249,7 +251,7 @@ async fn nats_an_edge_and_a_worker_are_killed_in_turn_and_what_was_answered_is_t
         async move { post(edge, &json!({"events": events})).await.status }
     }));
     assert!(again.await.iter().all(|status| matches!(status, 200 | 202)));
-    stored(&database, i64::from(sent)).await;
+    stored(&nats, &database, i64::from(sent)).await;
     nats.empty().await;
     database.assert_counted().await;
     for program in [&mut replaced.program, &mut first.program] {
@@ -315,7 +317,7 @@ async fn a_full_stream_deletes_nothing_and_the_edge_stores_what_it_refuses() {
     assert_eq!(said(&post(&edge, &event(1000)).await), STORED, "an edge adds nothing to it");
 
     let mut worker = nats.worker(&database.url).await;
-    stored(&database, 81).await;
+    stored(&nats, &database, 81).await;
     nats.empty().await;
     let began = Instant::now();
     while ready(edge.admin).await.1 != json!({"ready": true}) {
@@ -323,7 +325,7 @@ async fn a_full_stream_deletes_nothing_and_the_edge_stores_what_it_refuses() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(said(&post(&edge, &event(1001)).await), QUEUED);
-    stored(&database, 82).await;
+    stored(&nats, &database, 82).await;
     database.assert_counted().await;
     for program in [&mut worker.program, &mut edge.program] {
         program.stop(STOP_LIMIT).await;
@@ -336,7 +338,7 @@ async fn while_the_database_is_away_events_stay_in_the_stream_and_are_stored_whe
     let database = shop().await;
     let (mut edge, mut worker) = tokio::join!(nats.serve("edge", &database.url, &[]), nats.worker(&database.url));
     assert_eq!(said(&post(&edge, &event(1)).await), QUEUED);
-    stored(&database, 1).await;
+    stored(&nats, &database, 1).await;
     let admin = connect(&cluster().await.url("postgres")).await;
     let name = database.name.clone();
     let allow = async |yes: bool| {
@@ -417,7 +419,7 @@ async fn a_stream_that_would_lose_events_is_refused_and_a_nats_that_is_away_is_w
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(said(&post(&edge, &event(2)).await), QUEUED);
-    stored(&database, 2).await;
+    stored(&nats, &database, 2).await;
     for program in [&mut worker.program, &mut edge.program] {
         program.stop(STOP_LIMIT).await;
         assert!(!program.said().contains(PASSWORD), "a password was logged");
