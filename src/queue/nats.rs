@@ -219,7 +219,11 @@ impl Nats {
             self.now(status);
             let Some(sight) = sight else { continue };
             if watch.sees(sight, Instant::now()) {
-                tracing::warn!(nats.stream = %self.config.stream, ?sight, "nobody is handed some events of the stream; all in it are handed out again");
+                tracing::warn!(
+                    nats.stream = %self.config.stream,
+                    ?sight,
+                    "nobody is handed some events of the stream; all in it are handed out again"
+                );
                 if let Err(obstacle) = stream::hand_out_again(&self.jetstream, &self.config, &sight).await {
                     self.now(obstacle.into());
                 }

@@ -22,6 +22,7 @@ mod manners;
 mod merge;
 mod nats;
 mod nats_forgets;
+mod nats_kills;
 mod odd_event;
 mod overload;
 mod pipeline;

@@ -28,21 +28,6 @@ async fn queue(edge: &Server, id: u128) {
     assert_eq!((answer.status, answer.body["status"].as_str()), (202, Some("queued")), "event {id}: {}", answer.body);
 }
 
-/// Waits until this many events are stored.
-async fn stored(nats: &NatsServer, database: &Database, events: i64, within: Duration) {
-    let began = Instant::now();
-    loop {
-        let there = database.count("SELECT count(*) FROM events").await;
-        if there == events {
-            return;
-        }
-        if began.elapsed() > within {
-            panic!("{there} of {events} events are stored\n{}", nats.figures().await);
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
 /// Takes events as a worker does, and leaves them unacknowledged.
 async fn take(nats: &NatsServer, events: usize) -> Vec<Message> {
     let batch = nats.consumer().await.batch().max_messages(events).expires(Duration::from_secs(5)).messages().await;
@@ -80,7 +65,7 @@ async fn what_its_consumer_has_lost_sight_of_is_handed_out_again() {
     nats.restart().await;
     // Of the four in the stream the consumer knows the first, and it waits for the fifth, which is not there any more.
     let mut worker = nats.worker(&database.url).await;
-    stored(&nats, &database, 4, Duration::from_secs(20)).await;
+    nats.stored(&database, 4).await;
     nats.empty().await;
     for program in [&mut edge.program, &mut worker.program] {
         program.stop(Duration::from_secs(15)).await;
@@ -94,7 +79,7 @@ async fn an_acknowledgement_from_before_does_not_take_out_what_came_after() {
     let mut edge = nats.serve("edge", &database.url, &[]).await;
     let mut worker = nats.worker(&database.url).await;
     queue(&edge, 1).await;
-    stored(&nats, &database, 1, Duration::from_secs(10)).await;
+    nats.stored(&database, 1).await;
     nats.empty().await;
     let earlier = nats.files();
     // The worker has the second event, and cannot store it yet.
@@ -115,7 +100,7 @@ async fn an_acknowledgement_from_before_does_not_take_out_what_came_after() {
     queue(&edge, 3).await;
     assert_eq!(nats.state().await.last_sequence, 2);
     locked.batch_execute("COMMIT").await.expect("unlocked");
-    stored(&nats, &database, 3, Duration::from_secs(20)).await;
+    nats.stored(&database, 3).await;
     nats.empty().await;
     for program in [&mut edge.program, &mut worker.program] {
         program.stop(Duration::from_secs(15)).await;

@@ -9,12 +9,15 @@ use async_nats::jetstream::{self, stream};
 use opsmantik::dev::tools::{Tool, require, skip_or_fail};
 use tokio::process::Command;
 
+use super::database::Database;
 use super::process::{Program, Server};
 
 /// The login of every server here. It must be seen nowhere.
 pub const PASSWORD: &str = "n4ts-p4ssw0rd";
 const STREAM: &str = "opsmantik";
 const CONSUMER: &str = "workers";
+/// What the longest way takes, by far: an event is stranded, is told to be, and waits for a worker that is dead.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A `nats-server` with JetStream in a folder of its own, which goes with it.
 pub struct NatsServer {
@@ -123,10 +126,27 @@ impl NatsServer {
             if left == 0 {
                 return;
             }
-            if began.elapsed() > Duration::from_secs(40) {
+            if began.elapsed() > LIMIT {
                 panic!("{left} messages are still in the stream\n{}", self.figures().await);
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Waits until this many events are in the tables.
+    pub async fn stored(&self, database: &Database, events: i64) {
+        let began = Instant::now();
+        loop {
+            let there = database.count("SELECT count(*) FROM events").await;
+            if there == events {
+                return;
+            }
+            assert!(there < events, "{there} events, and {events} were sent");
+            if began.elapsed() > LIMIT {
+                let dead = database.rows("SELECT reason, detail FROM dead_letters LIMIT 5").await;
+                panic!("{there} of {events} events are stored; dead: {dead:?}\n{}", self.figures().await);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
