@@ -9,8 +9,9 @@
 //! stream would lose events. A NATS that is away is looked for until it is back; nobody waits for it.
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Once, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use async_nats::jetstream::Context;
@@ -23,12 +24,15 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::telemetry;
+use sight::{Sight, Watch};
+
 pub use edge::NatsTransport;
 pub use servers::Servers;
 pub use worker::Worker;
 
 mod edge;
 mod servers;
+mod sight;
 mod stream;
 mod worker;
 
@@ -149,26 +153,31 @@ impl Nats {
         self.client.connection_state() == State::Connected
     }
 
+    /// Which connection to NATS there is, of those that there have been.
+    fn connection(&self) -> Option<u64> {
+        self.is_connected().then(|| self.client.statistics().connects.load(Ordering::Relaxed))
+    }
+
     fn not_connected(&self) -> Status {
         let why = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Status::Away(why.unwrap_or_else(|| "no connection".to_owned()))
     }
 
-    /// The status, and the oldest event if it is stranded.
-    async fn look(&self) -> (Status, Option<u64>) {
+    /// The status, and what was seen if NATS answers.
+    async fn look(&self) -> (Status, Option<Sight>) {
         if !self.is_connected() {
             return (self.not_connected(), None);
         }
         match stream::look(&self.jetstream, &self.config).await {
             Ok(load) => {
                 metrics::gauge!(telemetry::NATS_STREAM_BYTES).set(load.bytes as f64);
-                metrics::gauge!(telemetry::NATS_LAG_EVENTS).set(load.waiting as f64);
-                metrics::gauge!(telemetry::NATS_UNACKNOWLEDGED_EVENTS).set(load.under_way as f64);
+                metrics::gauge!(telemetry::NATS_LAG_EVENTS).set(load.sight.waiting as f64);
+                metrics::gauge!(telemetry::NATS_UNACKNOWLEDGED_EVENTS).set(load.sight.under_way as f64);
                 if load.copies < 2 {
                     self.warn_of_one_copy();
                 }
                 let full = load.is_full(*self.status.borrow() == Status::Full);
-                (if full { Status::Full } else { Status::Ready }, load.stranded)
+                (if full { Status::Full } else { Status::Ready }, Some(load.sight))
             }
             Err(obstacle) => (obstacle.into(), None),
         }
@@ -200,23 +209,24 @@ impl Nats {
     }
 
     async fn keep_looking(self, stop: CancellationToken) {
-        let mut stranded_before = None;
+        let mut watch = Watch::default();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = sleep(LOOK_EVERY) => {}
             }
-            let (status, stranded) = self.look().await;
+            let (status, sight) = self.look().await;
             self.now(status);
-            // One look may fall between an acknowledgement and what it does.
-            if stranded.is_some() && stranded == stranded_before {
-                tracing::warn!(nats.stream = %self.config.stream, "acknowledged events are still in the stream; all in it are handed out again");
-                if let Err(obstacle) = stream::hand_out_again(&self.jetstream, &self.config).await {
+            let Some(sight) = sight else { continue };
+            if watch.sees(sight, Instant::now()) {
+                tracing::warn!(
+                    nats.stream = %self.config.stream,
+                    ?sight,
+                    "nobody is handed some events of the stream; all in it are handed out again"
+                );
+                if let Err(obstacle) = stream::hand_out_again(&self.jetstream, &self.config, &sight).await {
                     self.now(obstacle.into());
                 }
-                stranded_before = None;
-            } else {
-                stranded_before = stranded;
             }
         }
     }

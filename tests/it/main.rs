@@ -21,6 +21,8 @@ mod log;
 mod manners;
 mod merge;
 mod nats;
+mod nats_forgets;
+mod nats_kills;
 mod odd_event;
 mod overload;
 mod pipeline;

@@ -1,18 +1,15 @@
-//! More than one machine: edges, a real NATS server and workers, as processes, killed in turn. Whatever was answered is in the tables exactly once.
+//! More than one machine: edges, a real NATS server and workers, as processes. What is queued is stored once, and nothing is lost while one of them is
+//! full, poisoned, away or unfit.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::stream;
 use chrono::Utc;
-use futures::future::join_all;
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::job::Job;
 use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::app::{Answer, ORIGIN, event};
@@ -42,20 +39,6 @@ fn said(answer: &Answer) -> (u16, &str) {
 
 const QUEUED: (u16, &str) = (202, "queued");
 const STORED: (u16, &str) = (200, "stored");
-
-/// Waits until so many events are stored.
-async fn stored(database: &Database, events: i64) {
-    let began = Instant::now();
-    loop {
-        let there = database.count("SELECT count(*) FROM events").await;
-        if there == events {
-            return;
-        }
-        assert!(there < events, "{there} events, and {events} were sent");
-        assert!(began.elapsed() < Duration::from_secs(150), "{there} of {events} events are stored");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
 
 async fn ready(admin: std::net::SocketAddr) -> (u16, Value) {
     let answer = Answer::of(client().get(format!("http://{admin}/readyz"))).await;
@@ -89,7 +72,7 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     assert_eq!(Metrics::of(&one).await.value("opsmantik_nats_published_total", &[]), Some(3.0));
 
     let mut worker = nats.worker(&database.url).await;
-    stored(&database, 102).await;
+    nats.stored(&database, 102).await;
     nats.empty().await;
     assert_eq!(
         database
@@ -108,7 +91,7 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     worker.program.stop(STOP_LIMIT).await;
     assert_eq!(said(&post(&one, &event(200)).await), QUEUED, "it waits for the next worker");
     let mut all = nats.serve("all", &database.url, &[]).await;
-    stored(&database, 103).await;
+    nats.stored(&database, 103).await;
     for server in [&mut one, &mut other, &mut all] {
         server.program.stop(STOP_LIMIT).await;
         assert!(!server.program.said().contains(PASSWORD), "a password was logged");
@@ -130,130 +113,12 @@ async fn a_tls_address_is_reached_by_tls_only_and_by_a_certificate_that_is_known
         tokio::join!(nats.serve("all", &database.url, &trusted), nats.serve("edge", &database.url, &[]));
     assert_eq!(ready(known.admin).await, (200, json!({"ready": true})));
     assert_eq!(said(&post(&known, &event(1)).await), QUEUED);
-    stored(&database, 1).await;
+    nats.stored(&database, 1).await;
     assert_eq!(said(&post(&unknown, &event(2)).await), STORED, "nobody is trusted unseen, and nothing is lost");
     let (_, body) = ready(unknown.admin).await;
     assert!(body["warnings"][0].as_str().is_some_and(|why| why.starts_with("queue: NATS is away")), "{body}");
     for server in [&mut known, &mut unknown] {
         server.program.stop(STOP_LIMIT).await;
-    }
-}
-
-/// Sends events of their own ids to whichever edge, until told; those that were answered 200 or 202.
-struct Load {
-    edges: Arc<Mutex<Vec<String>>>,
-    next: Arc<AtomicU32>,
-    done: Arc<AtomicBool>,
-    clients: JoinSet<Vec<u32>>,
-}
-
-impl Load {
-    fn start(edges: &[&Server]) -> Self {
-        let edges = Arc::new(Mutex::new(edges.iter().map(|edge| edge.sync_url()).collect::<Vec<_>>()));
-        let mut load = Self { edges, next: Arc::default(), done: Arc::default(), clients: JoinSet::new() };
-        for _ in 0..12 {
-            let (edges, next, done, client) = (load.edges.clone(), load.next.clone(), load.done.clone(), client());
-            load.clients.spawn(async move {
-                let mut answered = Vec::new();
-                while !done.load(Ordering::Relaxed) {
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    let url = {
-                        let edges = edges.lock().unwrap_or_else(PoisonError::into_inner);
-                        edges[n as usize % edges.len()].clone()
-                    };
-                    let request = client.post(url).header("Origin", ORIGIN).body(numbered(n).to_string());
-                    match request.send().await.map(|answer| answer.status().as_u16()) {
-                        Ok(200 | 202) => answered.push(n),
-                        Ok(status) => assert_eq!(status, 503, "event {n}"),
-                        // The edge was killed; nobody knows.
-                        Err(_) => {}
-                    }
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-                answered
-            });
-        }
-        load
-    }
-
-    fn replace(&self, at: usize, edge: &Server) {
-        self.edges.lock().unwrap_or_else(PoisonError::into_inner)[at] = edge.sync_url();
-    }
-
-    async fn stop(self) -> HashSet<u32> {
-        self.done.store(true, Ordering::Relaxed);
-        self.clients.join_all().await.into_iter().flatten().collect()
-    }
-}
-
-fn numbered(n: u32) -> Value {
-    let mut event = event(u128::from(n));
-    event["sid"] = format!("visit-{}", n % 37).into();
-    event
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nats_an_edge_and_a_worker_are_killed_in_turn_and_what_was_answered_is_there_exactly_once() {
-    let Some(mut nats) = NatsServer::start().await else { return };
-    let database = shop().await;
-    let url = database.url.as_str();
-    let (mut first, second) = tokio::join!(nats.serve("edge", url, &[]), nats.serve("edge", url, &[]));
-    let (worker, mut steady) = tokio::join!(nats.worker(url), nats.worker(url));
-    let load = Load::start(&[&first, &second]);
-    let a_while = || tokio::time::sleep(Duration::from_millis(600));
-
-    a_while().await;
-    worker.program.kill().await;
-    a_while().await;
-    nats.kill().await;
-    a_while().await;
-    nats.restart().await;
-    // Published again, not only stored directly.
-    let published =
-        async |edge: &Server| Metrics::of(edge).await.value("opsmantik_nats_published_total", &[]).unwrap_or(0.0);
-    let (before, began) = (published(&second).await, Instant::now());
-    while published(&second).await <= before {
-        assert!(
-            began.elapsed() < Duration::from_secs(15),
-            "the edge does not find NATS again:\n{}",
-            second.program.said()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    first.program.kill().await;
-    first = nats.serve("edge", url, &[]).await;
-    load.replace(0, &first);
-    let mut replaced = nats.worker(url).await;
-    a_while().await;
-    // And one that is asked to stop ends what it took, and leaves the rest.
-    steady.program.stop(STOP_LIMIT).await;
-    a_while().await;
-    let sent = load.next.load(Ordering::Relaxed);
-    let answered = load.stop().await;
-    assert!(answered.len() > 100, "only {} of {sent} events were answered", answered.len());
-    nats.empty().await;
-
-    let ids = database.admin.query("SELECT id FROM events", &[]).await.expect("the test's own query");
-    let there: HashSet<u32> =
-        ids.iter().filter_map(|row| u32::try_from(row.get::<_, Uuid>(0).as_u128()).ok()).collect();
-    assert_eq!(ids.len(), there.len(), "an event is there twice");
-    let lost: Vec<_> = answered.difference(&there).collect();
-    assert!(lost.is_empty(), "answered and not stored: {lost:?}");
-    database.assert_counted().await;
-    eprintln!("{sent} events sent, {} answered, {} stored, 0 lost, 0 doubled", answered.len(), there.len());
-
-    // A retry of everything changes nothing but the events that nobody had.
-    let again = join_all((0..sent).step_by(100).map(|from| {
-        let events: Vec<_> = (from..sent.min(from + 100)).map(numbered).collect();
-        let edge = &first;
-        async move { post(edge, &json!({"events": events})).await.status }
-    }));
-    assert!(again.await.iter().all(|status| matches!(status, 200 | 202)));
-    stored(&database, i64::from(sent)).await;
-    nats.empty().await;
-    database.assert_counted().await;
-    for program in [&mut replaced.program, &mut first.program] {
-        program.stop(STOP_LIMIT).await;
     }
 }
 
@@ -315,7 +180,7 @@ async fn a_full_stream_deletes_nothing_and_the_edge_stores_what_it_refuses() {
     assert_eq!(said(&post(&edge, &event(1000)).await), STORED, "an edge adds nothing to it");
 
     let mut worker = nats.worker(&database.url).await;
-    stored(&database, 81).await;
+    nats.stored(&database, 81).await;
     nats.empty().await;
     let began = Instant::now();
     while ready(edge.admin).await.1 != json!({"ready": true}) {
@@ -323,7 +188,7 @@ async fn a_full_stream_deletes_nothing_and_the_edge_stores_what_it_refuses() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(said(&post(&edge, &event(1001)).await), QUEUED);
-    stored(&database, 82).await;
+    nats.stored(&database, 82).await;
     database.assert_counted().await;
     for program in [&mut worker.program, &mut edge.program] {
         program.stop(STOP_LIMIT).await;
@@ -336,7 +201,7 @@ async fn while_the_database_is_away_events_stay_in_the_stream_and_are_stored_whe
     let database = shop().await;
     let (mut edge, mut worker) = tokio::join!(nats.serve("edge", &database.url, &[]), nats.worker(&database.url));
     assert_eq!(said(&post(&edge, &event(1)).await), QUEUED);
-    stored(&database, 1).await;
+    nats.stored(&database, 1).await;
     let admin = connect(&cluster().await.url("postgres")).await;
     let name = database.name.clone();
     let allow = async |yes: bool| {
@@ -417,7 +282,7 @@ async fn a_stream_that_would_lose_events_is_refused_and_a_nats_that_is_away_is_w
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(said(&post(&edge, &event(2)).await), QUEUED);
-    stored(&database, 2).await;
+    nats.stored(&database, 2).await;
     for program in [&mut worker.program, &mut edge.program] {
         program.stop(STOP_LIMIT).await;
         assert!(!program.said().contains(PASSWORD), "a password was logged");

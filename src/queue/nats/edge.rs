@@ -121,9 +121,7 @@ impl NatsTransport {
             Status::Away(_) => return Err(Unpublished::Away),
             Status::Unfit(_) => return Err(Unpublished::Unfit),
         }
-        if !self.nats.is_connected() {
-            return Err(Unpublished::Away);
-        }
+        let Some(connection) = self.nats.connection() else { return Err(Unpublished::Away) };
         if self.breaker.is_open() {
             return Err(Unpublished::Open);
         }
@@ -145,6 +143,8 @@ impl NatsTransport {
         match timeout(ANSWER, acknowledged).await {
             // One that the stream had already is as safe as a new one.
             Ok(Ok(_)) => Ok(()),
+            // The answer went with the connection, which says nothing about the one that there may be by now.
+            _ if self.nats.connection() != Some(connection) => Err(Unpublished::Away),
             Ok(Err(error)) => Err(Unpublished::of(error)),
             Err(_) => Err(Unpublished::Slow),
         }

@@ -16,13 +16,14 @@ use async_nats::jetstream::stream::{
     Config, ConsumerError, ConsumerErrorKind, DiscardPolicy, Info, RetentionPolicy, StorageType, Stream,
 };
 
+use super::sight::Sight;
 use super::{NatsConfig, Status};
 
 /// The consumer that all workers share.
 pub(super) const CONSUMER: &str = "workers";
-/// An event that its worker has not acknowledged within this time goes to another. Longer than the pipeline's patience; a worker that waits
-/// longer says so in between.
-pub(super) const ACK_WAIT: Duration = Duration::from_secs(10);
+/// An event that its worker has not acknowledged within this time goes to another: so long do the events of a worker wait that was killed. A
+/// worker that lives and needs longer says so several times in between; were it too late with that, the event would be stored twice, as once.
+pub(super) const ACK_WAIT: Duration = Duration::from_secs(5);
 /// Events under way at all workers together: what each takes at once, times sixteen. No more are handed out until some are stored.
 const MAX_ACK_PENDING: i64 = 16 * super::worker::AT_ONCE as i64;
 /// A browser that repeats itself does so within seconds. What comes later is told apart by the tables.
@@ -45,16 +46,11 @@ fn subjects(stream: &str) -> String {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Load {
     pub bytes: u64,
-    /// Events that no worker has taken yet.
-    pub waiting: u64,
-    /// Events that a worker has taken and not acknowledged yet.
-    pub under_way: usize,
     /// Copies of it, on as many servers.
     pub copies: usize,
     /// Of the bounds, how much is used.
     used: f64,
-    /// The oldest event, if the consumer counts it as acknowledged and will not hand it out again.
-    pub stranded: Option<u64>,
+    pub sight: Sight,
 }
 
 impl Load {
@@ -101,25 +97,28 @@ pub(super) async fn look(jetstream: &Context, config: &NatsConfig) -> Result<Loa
         let name = &config.stream;
         return Err(Obstacle::Unfit(format!("the consumer `{CONSUMER}` of the stream `{name}` {fault}")));
     }
-    let (waiting, under_way, oldest) = (workers.num_pending, workers.num_ack_pending, info.state.first_sequence);
-    let stranded = info.state.messages > 0 && oldest <= workers.ack_floor.stream_sequence;
-    Ok(Load {
-        bytes: info.state.bytes,
-        waiting,
-        under_way,
-        copies: info.config.num_replicas,
-        used: used(info),
-        stranded: stranded.then_some(oldest),
-    })
+    let sight = Sight {
+        events: info.state.messages,
+        oldest: info.state.first_sequence,
+        newest: info.state.last_sequence,
+        waiting: workers.num_pending,
+        under_way: workers.num_ack_pending as u64,
+        acknowledged: workers.ack_floor.stream_sequence,
+        deliveries: workers.delivered.consumer_sequence,
+        made: workers.created.unix_timestamp_nanos(),
+    };
+    Ok(Load { bytes: info.state.bytes, copies: info.config.num_replicas, used: used(info), sight })
 }
 
-/// Has everything in the stream handed out again, by a consumer that begins anew.
+/// Has everything in the stream handed out again, by a consumer that begins anew, unless somebody else has just made one.
 ///
-/// A NATS that was killed may have forgotten that an event left the stream, and remember that it was acknowledged: such an event would take
-/// up room for ever. Nothing depends on the consumer's memory: a work queue keeps events without one, and a second copy changes nothing.
-pub(super) async fn hand_out_again(jetstream: &Context, config: &NatsConfig) -> Result<(), Obstacle> {
+/// Nothing depends on the consumer's memory: a work queue keeps events without one, and a second copy changes nothing.
+pub(super) async fn hand_out_again(jetstream: &Context, config: &NatsConfig, seen: &Sight) -> Result<(), Obstacle> {
     let away = |error: &dyn std::fmt::Display| Obstacle::Away(error.to_string());
     let stream = jetstream.get_stream(&config.stream).await.map_err(|error| away(&error))?;
+    if consumer(&stream, config).await?.created.unix_timestamp_nanos() != seen.made {
+        return Ok(());
+    }
     stream.delete_consumer(CONSUMER).await.map_err(|error| away(&error))?;
     consumer(&stream, config).await.map(drop)
 }
@@ -342,7 +341,7 @@ mod tests {
 
     #[test]
     fn a_full_stream_has_room_again_only_when_some_is_gone() {
-        let load = |used| Load { bytes: 0, waiting: 0, under_way: 0, copies: 1, used, stranded: None };
+        let load = |used| Load { bytes: 0, copies: 1, used, sight: Sight::default() };
         let told = |used, was_full| load(used).is_full(was_full);
         assert_eq!(
             [told(0.89, false), told(0.9, false), told(0.85, true), told(0.79, true)],

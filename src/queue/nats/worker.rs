@@ -52,6 +52,12 @@ pub struct Worker {
     store: Store,
 }
 
+/// A delivery, and the connection by which it was asked for.
+struct Taken {
+    message: Message,
+    connection: u64,
+}
+
 /// What became of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Deed {
@@ -132,6 +138,7 @@ impl Worker {
         events: usize,
         stop: &CancellationToken,
     ) -> Pulled {
+        let Some(connection) = self.nats.connection() else { return Pulled::NoAnswer };
         let mut messages = match consumer.batch().max_messages(events).expires(PULL_FOR).messages().await {
             Ok(messages) => messages,
             Err(error) => {
@@ -147,7 +154,7 @@ impl Worker {
                 () = stop.cancelled() => break,
                 next = messages.next() => match next {
                     Some(Ok(message)) => {
-                        let worker = self.clone();
+                        let (worker, message) = (self.clone(), Taken { message, connection });
                         handled.spawn(async move { worker.handle(message).await });
                     }
                     Some(Err(error)) => {
@@ -165,7 +172,7 @@ impl Worker {
         }
         // What has come and was not begun is another worker's at once, and not after the wait for an acknowledgement.
         while let Some(Some(Ok(message))) = messages.next().now_or_never() {
-            answer(&message, AckKind::Nak(None)).await;
+            self.answer(&Taken { message, connection }, AckKind::Nak(None)).await;
         }
         drop(messages);
         let (mut settled, mut unsettled) = (0, 0);
@@ -184,27 +191,44 @@ impl Worker {
     }
 
     /// Settles one delivery and says so to NATS: whether it is done with.
-    async fn handle(&self, message: Message) -> bool {
-        let settling = self.settle(&message);
+    async fn handle(&self, taken: Taken) -> bool {
+        let settling = self.settle(&taken.message);
         tokio::pin!(settling);
         let deed = loop {
             tokio::select! {
                 deed = &mut settling => break deed,
                 // Nobody else needs to try meanwhile.
-                () = sleep(ACK_WAIT / 3) => answer(&message, AckKind::Progress).await,
+                () = sleep(ACK_WAIT / 3) => self.answer(&taken, AckKind::Progress).await,
             }
         };
         let (kind, outcome) = match deed {
             Deed::Stored => (AckKind::Ack, "stored"),
             Deed::Buried => (AckKind::Term, "buried"),
             Deed::Again(why) => {
-                let deliveries = message.info().map_or(1, |info| info.delivered);
+                let deliveries = taken.message.info().map_or(1, |info| info.delivered);
                 (AckKind::Nak(Some(pause(why, deliveries))), "again")
             }
         };
         metrics::counter!(telemetry::NATS_DELIVERIES_TOTAL, "outcome" => outcome).increment(1);
-        answer(&message, kind).await;
+        self.answer(&taken, kind).await;
         !matches!(deed, Deed::Again(_))
+    }
+
+    /// Says to NATS what became of a delivery. What it does not hear comes again, which changes nothing.
+    ///
+    /// An acknowledgement names the event by its number in the stream. A NATS that went away may have lost its last events when it is back, and
+    /// have given their numbers to others: what was taken before is not taken out of the stream, but asked for once more.
+    async fn answer(&self, taken: &Taken, kind: AckKind) {
+        let kind = match kind {
+            kind if self.nats.connection() == Some(taken.connection) => kind,
+            AckKind::Progress => return,
+            _ => AckKind::Nak(None),
+        };
+        match timeout(ANSWER, taken.message.ack_with(kind)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(error, "NATS does not hear of a delivery; it comes again"),
+            Err(_) => tracing::debug!("NATS does not hear of a delivery in time; it comes again"),
+        }
     }
 
     async fn settle(&self, message: &Message) -> Deed {
@@ -227,15 +251,6 @@ impl Worker {
             Ok(event) => Ok(Ok(self.pipeline.take_when_room(event).await?.outcome().await)),
             Err(corpse) => Ok(Err(corpse)),
         }
-    }
-}
-
-/// Says to NATS what became of a delivery. What it does not hear comes again, which changes nothing.
-async fn answer(message: &Message, kind: AckKind) {
-    match timeout(ANSWER, message.ack_with(kind)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(error, "NATS does not hear of a delivery; it comes again"),
-        Err(_) => tracing::debug!("NATS does not hear of a delivery in time; it comes again"),
     }
 }
 

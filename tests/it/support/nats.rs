@@ -4,15 +4,20 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::{self, stream};
 use opsmantik::dev::tools::{Tool, require, skip_or_fail};
 use tokio::process::Command;
 
+use super::database::Database;
 use super::process::{Program, Server};
 
 /// The login of every server here. It must be seen nowhere.
 pub const PASSWORD: &str = "n4ts-p4ssw0rd";
 const STREAM: &str = "opsmantik";
+const CONSUMER: &str = "workers";
+/// What the longest way takes, by far: an event is stranded, is told to be, and waits for a worker that is dead.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A `nats-server` with JetStream in a folder of its own, which goes with it.
 pub struct NatsServer {
@@ -121,9 +126,81 @@ impl NatsServer {
             if left == 0 {
                 return;
             }
-            assert!(began.elapsed() < Duration::from_secs(40), "{left} messages are still in the stream");
+            if began.elapsed() > LIMIT {
+                panic!("{left} messages are still in the stream\n{}", self.figures().await);
+            }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Waits until this many events are in the tables.
+    pub async fn stored(&self, database: &Database, events: i64) {
+        let began = Instant::now();
+        loop {
+            let there = database.count("SELECT count(*) FROM events").await;
+            if there == events {
+                return;
+            }
+            assert!(there < events, "{there} events, and {events} were sent");
+            if began.elapsed() > LIMIT {
+                let dead = database.rows("SELECT reason, detail FROM dead_letters LIMIT 5").await;
+                panic!("{there} of {events} events are stored; dead: {dead:?}\n{}", self.figures().await);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The consumer of the workers.
+    pub async fn consumer(&self) -> Consumer<pull::Config> {
+        let consumer = self.jetstream().await.get_consumer_from_stream(CONSUMER, STREAM).await;
+        consumer.expect("the consumer is there")
+    }
+
+    /// The files of the stream's events as they are now. What its consumer knows is not among them.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let files = std::fs::read_dir(self.events()).expect("NATS has a stream");
+        let paths = files.map(|file| file.expect("a file").path());
+        paths.map(|path| (path.clone(), std::fs::read(path).expect("its content"))).collect()
+    }
+
+    /// Makes them what they were, while it is down.
+    pub fn put_back(&self, files: &[(PathBuf, Vec<u8>)]) {
+        assert!(self.program.is_none(), "it writes them");
+        std::fs::remove_dir_all(self.events()).expect("a folder of ours");
+        std::fs::create_dir(self.events()).expect("a folder of ours");
+        for (path, content) in files {
+            std::fs::write(path, content).expect("a folder of ours");
+        }
+    }
+
+    fn events(&self) -> PathBuf {
+        self.folder.join("jetstream/$G/streams").join(STREAM).join("msgs")
+    }
+
+    /// What the stream and its consumer say of themselves, for a test that fails.
+    pub async fn figures(&self) -> String {
+        let stream = match self.jetstream().await.get_stream(STREAM).await {
+            Ok(stream) => stream,
+            Err(error) => return format!("no stream: {error}"),
+        };
+        let stored = &stream.cached_info().state;
+        let (messages, first, last) = (stored.messages, stored.first_sequence, stored.last_sequence);
+        let consumer = match stream.consumer_info(CONSUMER).await {
+            Ok(info) => format!(
+                "pending {} ack_pending {} redelivered {} waiting {} delivered {}/{} floor {}/{} made {}",
+                info.num_pending,
+                info.num_ack_pending,
+                info.num_redelivered,
+                info.num_waiting,
+                info.delivered.stream_sequence,
+                info.delivered.consumer_sequence,
+                info.ack_floor.stream_sequence,
+                info.ack_floor.consumer_sequence,
+                info.created
+            ),
+            Err(error) => format!("no consumer: {error}"),
+        };
+        format!("stream: messages {messages} first {first} last {last}; consumer: {consumer}")
     }
 
     /// An edge, or a whole server.
