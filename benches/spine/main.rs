@@ -68,10 +68,6 @@ const EXAMPLES: &str = "Examples:
   make bench ARGS='--row ingest --pg shared_preload_libraries=auto_explain --pg auto_explain.log_min_duration=5'
   perf record -g -p PID                               the servers' PIDs are shown while they run";
 
-/// The server's own: what is compared with it runs in this process.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn setting(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("it is not NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
