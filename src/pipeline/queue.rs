@@ -116,11 +116,19 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
 
     /// Serves nothing more of a lane until it is let go, whatever comes into it.
     pub fn hold(&mut self, key: K) {
-        if self.held.insert(key)
-            && let Some(lane) = self.lanes.get(&key)
-        {
+        if !self.held.insert(key) {
+            return;
+        }
+        if let Some(lane) = self.lanes.get_mut(&key) {
             self.ready.take(lane.load);
             self.ready_lanes -= usize::from(lane.load.items > 0);
+            // It does not keep the first place: when it is let go the others have their turn.
+            for list in [&mut self.fresh, &mut self.ring] {
+                if list.front() == Some(&key) {
+                    list.pop_front();
+                    lane.listed = false;
+                }
+            }
         }
     }
 

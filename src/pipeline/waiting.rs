@@ -272,7 +272,7 @@ impl WaitingRoom {
 
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
         let (mut taken, mut bytes, mut sites, mut visits) = (Vec::new(), 0, BTreeSet::new(), HashSet::new());
-        let share = inside.queue.lanes().div_ceil(ABREAST);
+        let (share, mut aside) = (inside.queue.lanes().div_ceil(ABREAST), Vec::new());
         let most = inside.batch.max(1);
         let room = |events: usize, bytes: usize, visits: usize| {
             events < most && visits < self.config.batch_visits && bytes < self.config.batch_bytes
@@ -281,7 +281,9 @@ impl WaitingRoom {
             let Some(site) = inside.queue.next_lane() else { break };
             if !sites.contains(&site) {
                 if sites.len() == share {
-                    break;
+                    aside.push(site);
+                    inside.queue.hold(site);
+                    continue;
                 }
                 sites.insert(site);
             }
@@ -290,6 +292,7 @@ impl WaitingRoom {
             visits.insert((site, waiting.event.session_id));
             taken.push(*waiting);
         }
+        aside.into_iter().for_each(|site| inside.queue.release(site));
         let full = inside.queue.len() > 0;
         sites.iter().for_each(|site| inside.queue.hold(*site));
         inside.gather_anew();

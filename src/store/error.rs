@@ -124,6 +124,12 @@ fn classify(error: &tokio_postgres::Error) -> Fault {
     {
         return Fault::Conflict;
     }
+    // A statement that was kept ready and is not what it was, since somebody changed the schema: another connection prepares it anew.
+    if (*code == SqlState::FEATURE_NOT_SUPPORTED && db.message().starts_with("cached plan"))
+        || *code == SqlState::INVALID_SQL_STATEMENT_NAME
+    {
+        return Fault::Conflict;
+    }
     if *code == SqlState::CHECK_VIOLATION && db.constraint().is_none() && db.message().starts_with("no partition") {
         return Fault::MissingPartition;
     }

@@ -105,6 +105,32 @@ async fn a_row_that_a_hand_wrote_is_a_session_like_any_other() {
 }
 
 #[tokio::test]
+async fn a_schema_that_changes_under_statements_that_are_kept_ready_costs_no_event() {
+    let database = database().await;
+    let site = database.site("schema").await.id;
+    let pipeline = start(&database.store, PipelineConfig::default());
+    let event = |id: u32| Spec::new(id, &format!("s{}", id % 5), Utc::now()).event(site);
+    // Often enough that every statement of a batch is kept.
+    for id in 1..=20 {
+        assert!(matches!(pipeline.submit(vec![event(id)]).await[0], Outcome::Stored(_)), "{id}");
+    }
+    database
+        .admin
+        .batch_execute("ALTER TABLE sessions ALTER COLUMN utm_term TYPE varchar")
+        .await
+        .expect("another type");
+    for id in 15..=40 {
+        let outcome = pipeline.submit(vec![event(id)]).await[0];
+        assert!(
+            matches!((id, outcome), (..=20, Outcome::Duplicate(_)) | (21.., Outcome::Stored(_))),
+            "{id}: {outcome:?}"
+        );
+    }
+    assert_eq!(database.count("SELECT count(*) FROM events").await, 40);
+    assert_eq!(database.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
 async fn a_database_that_is_away_is_told_in_time_and_used_again_when_it_is_back() {
     let database = database().await;
     let site = database.site("away").await.id;
