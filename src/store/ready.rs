@@ -54,8 +54,8 @@ impl Kept {
 #[derive(Debug, Default)]
 pub(super) struct Habits {
     inside: Mutex<Inside>,
-    /// How many are wanted, and in which generation: what a connection compares itself with.
-    wanted: AtomicUsize,
+    /// Counts the changes of what is wanted: what a connection compares itself with.
+    version: AtomicUsize,
     pooler: AtomicBool,
 }
 
@@ -71,13 +71,14 @@ impl Habits {
         let mut inside = lock(&self.inside);
         if inside.uses.len() >= MOST {
             *inside = Inside::default();
+            self.version.fetch_add(1, Ordering::Relaxed);
         }
         let uses = inside.uses.entry(kept.clone()).or_default();
         *uses = uses.saturating_add(1);
         if *uses == OFTEN {
             inside.wanted.push(kept);
+            self.version.fetch_add(1, Ordering::Relaxed);
         }
-        self.wanted.store(inside.wanted.len(), Ordering::Relaxed);
     }
 
     /// Whether there is a pooler between, as far as we know.
@@ -114,8 +115,9 @@ pub(super) enum Found {
 pub(super) struct Ready {
     habits: Arc<Habits>,
     statements: Mutex<HashMap<Kept, tokio_postgres::Statement>>,
-    /// Of those wanted, so many have been seen to.
+    /// The version of what is wanted that has been seen to.
     seen: AtomicUsize,
+    /// When something could not be prepared; then it is still lacking.
     failed: Mutex<Option<Instant>>,
     plans: Mutex<Plans>,
 }
@@ -165,13 +167,16 @@ impl Ready {
 
     /// Whether something is wanted that is not here yet.
     pub fn lacks(&self) -> bool {
-        self.habits.wanted.load(Ordering::Relaxed) != self.seen.load(Ordering::Relaxed)
-            && lock(&self.failed).is_none_or(|at| at.elapsed() > TRY_AGAIN)
+        match *lock(&self.failed) {
+            Some(at) => at.elapsed() > TRY_AGAIN,
+            None => self.habits.version.load(Ordering::Relaxed) != self.seen.load(Ordering::Relaxed),
+        }
     }
 
     /// Prepares what is wanted and not here, in a transaction of its own that begins with `opening`. What cannot be prepared runs as before.
     #[allow(clippy::disallowed_methods)] // beside every other transaction
     pub async fn fill(&self, client: &Client, opening: &str) -> Result<(), tokio_postgres::Error> {
+        let version = self.habits.version.load(Ordering::Relaxed);
         let wanted = lock(&self.habits.inside).wanted.clone();
         let missing: Vec<Kept> = {
             let statements = lock(&self.statements);
@@ -189,12 +194,11 @@ impl Ready {
                 Err(error) => failed = Some((kept.statement.name, error)),
             }
         }
-        self.seen.store(wanted.len(), Ordering::Relaxed);
-        if let Some((name, error)) = failed {
+        self.seen.store(version, Ordering::Relaxed);
+        if let Some((name, error)) = &failed {
             tracing::debug!(%error, statement = name, "a statement cannot be kept ready");
-            *lock(&self.failed) = Some(Instant::now());
-            self.seen.store(usize::MAX, Ordering::Relaxed);
         }
+        *lock(&self.failed) = failed.map(|_| Instant::now());
         Ok(())
     }
 }
