@@ -35,6 +35,7 @@ use waiting::WaitingRoom;
 mod batch;
 pub(crate) mod queue;
 mod room;
+mod tempo;
 mod waiting;
 mod writer;
 

@@ -28,9 +28,9 @@ pub(crate) struct FairQueue<K, T> {
 
 /// How much waits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Load {
-    items: usize,
-    weight: usize,
+pub struct Load {
+    pub items: usize,
+    pub weight: usize,
 }
 
 impl Load {
@@ -81,14 +81,9 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         self.all.items == 0
     }
 
-    /// Items that may be served.
-    pub fn len(&self) -> usize {
-        self.ready.items
-    }
-
-    /// Of all that may be served.
-    pub fn weight(&self) -> usize {
-        self.ready.weight
+    /// How much of it may be served.
+    pub fn ready(&self) -> Load {
+        self.ready
     }
 
     /// Lanes with something that may be served, and those that are held.

@@ -18,7 +18,7 @@ fn drained(queue: &mut FairQueue<u8, (u8, u32)>) -> Vec<(u8, u32)> {
 fn one_lane_is_a_plain_queue() {
     let mut queue = queue();
     (0..1000).for_each(|n| queue.push(1, 70, (1, n)));
-    assert_eq!((queue.weight(), queue.next_weight()), (70_000, Some(70)));
+    assert_eq!((queue.ready().weight, queue.next_weight()), (70_000, Some(70)));
     assert_eq!(drained(&mut queue), (0..1000).map(|n| (1, n)).collect::<Vec<_>>());
     assert!(queue.is_empty() && queue.pop().is_none() && queue.next_weight().is_none());
 }
@@ -117,7 +117,7 @@ proptest! {
             let ready: Vec<(u8, usize)> = inside.values().copied().filter(|(lane, _)| !held.contains(lane)).collect();
             let lanes: BTreeSet<u8> = ready.iter().map(|(lane, _)| *lane).collect();
             let weight = ready.iter().map(|(_, weight)| weight).sum::<usize>();
-            prop_assert_eq!((queue.len(), queue.weight()), (ready.len(), weight));
+            prop_assert_eq!(queue.ready(), Load { items: ready.len(), weight });
             prop_assert_eq!(queue.lanes(), lanes.len() + held.len());
             prop_assert_eq!(queue.is_empty(), inside.is_empty());
             let listed = queue.lanes.values().filter(|lane| lane.listed).count();
@@ -187,7 +187,7 @@ fn a_lane_that_is_held_keeps_its_place_and_is_served_after_the_others() {
     queue.hold(1);
     queue.push(1, 10, (1, 1));
     queue.push(2, 10, (2, 0));
-    assert_eq!((queue.len(), queue.lanes()), (1, 2));
+    assert_eq!((queue.ready().items, queue.lanes()), (1, 2));
     assert_eq!(queue.pop(), Some((2, (2, 0))));
     assert_eq!((queue.pop(), queue.is_empty()), (None, false));
     queue.release(1);

@@ -24,6 +24,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::queue::FairQueue;
 use super::room::Room;
+use super::tempo::{ABREAST, Due, Tempo, Written};
 use super::{PipelineConfig, Pressure};
 use crate::domain::event::Event;
 use crate::domain::id::SiteId;
@@ -36,13 +37,6 @@ const QUANTUM: usize = 256 << 10;
 const ASKING_QUANTUM: usize = 16 << 10;
 /// Whoever waits for space may fill at least this, however small the room is that they wait for.
 const SMALLEST_ASKING: usize = 4 << 20;
-/// However slow the database is, a batch has room for so many events.
-const SMALLEST_BATCH: usize = 16;
-/// So many batches are written beside each other without delay, each with its share of the sites that have something.
-const ABREAST: usize = 2;
-/// While these are being written, the next one gathers for this long, unless it is full before. Half as many batches of twice the size cost the
-/// database far less; where it is far away, its writers still overlap.
-const GATHERING: Duration = Duration::from_millis(20);
 /// What an event costs beside itself while it waits: its place, its answer, and what its caller keeps of it.
 const OVERHEAD: usize = 512;
 
@@ -74,34 +68,12 @@ pub(super) struct WaitingRoom {
 
 struct Inside {
     queue: FairQueue<SiteId, Box<Waiting>>,
-    /// Since when a batch gathers in the queue; none while there is nothing that may be written.
-    gathering: Option<Instant>,
-    /// Batches that were taken and are not settled.
-    writing: usize,
+    tempo: Tempo,
     room: Room<SiteId>,
     patient: Room<SiteId>,
     asking: FairQueue<SiteId, Asking>,
     asking_room: Room<SiteId>,
-    /// Most events of a batch, as things are: one that takes longer than the patience is written for nothing, and all after it.
-    batch: usize,
     closed: bool,
-}
-
-/// How the writing of a batch went.
-struct Written {
-    events: usize,
-    bytes: usize,
-    took: Duration,
-    full: bool,
-}
-
-/// When the next batch is to be taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Due {
-    Now,
-    At(Instant),
-    /// Nothing waits.
-    Never,
 }
 
 /// Space that was taken.
@@ -133,13 +105,11 @@ impl WaitingRoom {
     pub fn new(config: PipelineConfig) -> Self {
         let inside = Inside {
             queue: FairQueue::new(QUANTUM),
-            gathering: None,
-            writing: 0,
+            tempo: Tempo::new(config),
             room: Room::of(config.room_bytes),
             patient: Room::of(config.patient_room_bytes),
             asking: FairQueue::new(ASKING_QUANTUM),
             asking_room: Room::of(config.patient_room_bytes.max(SMALLEST_ASKING)),
-            batch: config.batch.max(1),
             closed: false,
         };
         Self {
@@ -190,7 +160,7 @@ impl WaitingRoom {
         }
         sites.iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
         let since = Instant::now();
-        let gathers_anew = inside.gathering.is_none();
+        let gathers_anew = !inside.tempo.gathers();
         let receivers = events.into_iter().zip(weights).map(|(event, weight)| {
             let (answer, receiver) = oneshot::channel();
             inside.seat(Waiting { event, counted: weight, since, patient: false, answer });
@@ -198,7 +168,7 @@ impl WaitingRoom {
         });
         let receivers = receivers.collect();
         self.look(&inside);
-        let ring = gathers_anew || inside.due(&self.config) == Due::Now;
+        let ring = gathers_anew || inside.due() == Due::Now;
         drop(inside);
         if ring {
             self.bell.notify_one();
@@ -249,11 +219,11 @@ impl WaitingRoom {
                     self.bell.notify_one();
                     return None;
                 }
-                let batch = match inside.due(&self.config) {
+                let batch = match inside.due() {
                     Due::Now => self.gather(&mut inside),
                     Due::At(_) | Due::Never => None,
                 };
-                (batch, inside.due(&self.config))
+                (batch, inside.due())
             };
             match (batch, due) {
                 (Some(batch), due) => {
@@ -273,7 +243,7 @@ impl WaitingRoom {
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
         let (mut taken, mut bytes, mut sites, mut visits) = (Vec::new(), 0, BTreeSet::new(), HashSet::new());
         let (share, mut aside) = (inside.queue.lanes().div_ceil(ABREAST), Vec::new());
-        let most = inside.batch.max(1);
+        let most = inside.tempo.batch();
         let room = |events: usize, bytes: usize, visits: usize| {
             events < most && visits < self.config.batch_visits && bytes < self.config.batch_bytes
         };
@@ -293,11 +263,11 @@ impl WaitingRoom {
             taken.push(*waiting);
         }
         aside.into_iter().for_each(|site| inside.queue.release(site));
-        let full = inside.queue.len() > 0;
+        let full = inside.queue.ready().items > 0;
         sites.iter().for_each(|site| inside.queue.hold(*site));
-        inside.gather_anew();
         let since = taken.iter().map(|waiting| waiting.since).min()?;
-        inside.writing += 1;
+        let left = inside.queue.ready().items;
+        inside.tempo.taken(left);
         let mut batch = Batch {
             events: Vec::with_capacity(taken.len()),
             since,
@@ -327,7 +297,8 @@ impl WaitingRoom {
             let gone = inside.queue.remove_where(|waiting| !waiting.patient && waiting.since.elapsed() > longest);
             gone.iter().for_each(|(_, waiting)| inside.leave(waiting.place()));
             if !gone.is_empty() {
-                inside.gather_anew();
+                let left = inside.queue.ready().items;
+                inside.tempo.gather_anew(left);
             }
             self.look(&inside);
             gone
@@ -348,20 +319,18 @@ impl WaitingRoom {
 
     fn settle(&self, places: &[Place], sites: &BTreeSet<SiteId>, written: Option<Written>) {
         let mut inside = self.inside();
-        let writing = inside.writing;
-        inside.writing -= 1;
+        let writing = inside.tempo.settled();
         sites.iter().for_each(|site| inside.queue.release(*site));
         if let Some(written) = written {
             inside.room.wrote(written.bytes, written.took, writing, written.full);
-            inside.fit_batches(&written, &self.config);
+            inside.tempo.fit(&written);
         }
         places.iter().for_each(|place| inside.leave(*place));
         inside.let_in();
-        if inside.gathering.is_none() {
-            inside.gather_anew();
-        }
+        let ready = inside.queue.ready().items;
+        inside.tempo.gather(ready);
         self.look(&inside);
-        let ring = inside.gathering.is_some() || inside.closed;
+        let ring = inside.tempo.gathers() || inside.closed;
         drop(inside);
         if ring {
             self.bell.notify_one();
@@ -386,40 +355,17 @@ impl Inside {
         let room = if waiting.patient { &mut self.patient } else { &mut self.room };
         room.enter(site, waiting.counted);
         self.queue.push(site, waiting.counted, Box::new(waiting));
-        if self.gathering.is_none() {
-            self.gather_anew();
-        }
-    }
-
-    /// Some have left the queue: what is left begins the next batch.
-    fn gather_anew(&mut self) {
-        self.gathering = (self.queue.len() > 0).then(Instant::now);
+        self.tempo.gather(self.queue.ready().items);
     }
 
     /// When the next batch is to be taken.
-    fn due(&self, config: &PipelineConfig) -> Due {
-        match self.gathering {
-            None => Due::Never,
-            Some(_) if self.closed || self.writing < ABREAST => Due::Now,
-            Some(_) if self.queue.len() >= self.batch || self.queue.weight() >= config.batch_bytes => Due::Now,
-            Some(since) if since.elapsed() >= GATHERING => Due::Now,
-            Some(since) => Due::At(since + GATHERING),
-        }
+    fn due(&self) -> Due {
+        self.tempo.due(self.queue.ready(), self.closed)
     }
 
     fn leave(&mut self, place: Place) {
         let room = if place.patient { &mut self.patient } else { &mut self.room };
         room.leave(place.site, place.counted);
-    }
-
-    /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as
-    /// for many is left in between: smaller batches would only make it worse.
-    fn fit_batches(&mut self, written: &Written, config: &PipelineConfig) {
-        if written.took > config.patience / 2 {
-            self.batch = self.batch.min((written.events / 2).max(SMALLEST_BATCH.min(config.batch.max(1))));
-        } else if written.took < config.patience / 4 && written.events >= self.batch {
-            self.batch = (self.batch * 2).min(config.batch.max(1));
-        }
     }
 
     fn leave_room(&mut self, site: SiteId, sum: usize) {

@@ -1,6 +1,7 @@
 use chrono::Utc;
 use uuid::Uuid;
 
+use super::super::tempo::GATHERING;
 use super::*;
 use crate::domain::event::{Arrival, Draft, FieldNames};
 

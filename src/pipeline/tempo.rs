@@ -1,0 +1,108 @@
+//! When the next batch is due, and how many events it may have.
+//!
+//! So many batches are written beside each other without delay; a further one gathers for a moment, or until it is full. Batches that come near
+//! the end of the patience become smaller.
+
+use std::time::{Duration, Instant};
+
+use super::PipelineConfig;
+use super::queue::Load;
+
+/// So many batches are written beside each other without delay, each with its share of the sites that have something.
+pub(super) const ABREAST: usize = 2;
+/// While these are being written, the next one gathers for this long, unless it is full before. Half as many batches of twice the size cost the
+/// database far less; where it is far away, its writers still overlap.
+pub(super) const GATHERING: Duration = Duration::from_millis(20);
+/// However slow the database is, a batch has room for so many events.
+const SMALLEST_BATCH: usize = 16;
+
+/// When the next batch is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    Now,
+    At(Instant),
+    /// Nothing waits that may be written.
+    Never,
+}
+
+/// What is told of a batch that was written.
+pub(super) struct Written {
+    pub events: usize,
+    pub bytes: usize,
+    pub took: Duration,
+    /// More was waiting than it could hold.
+    pub full: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Tempo {
+    /// Since when a batch gathers; none while there is nothing that may be written.
+    gathering: Option<Instant>,
+    /// Batches that were taken and are not settled.
+    writing: usize,
+    /// Most events of a batch, as things are: one that takes longer than the patience is written for nothing, and all after it.
+    batch: usize,
+    config: PipelineConfig,
+}
+
+impl Tempo {
+    pub fn new(config: PipelineConfig) -> Self {
+        Self { gathering: None, writing: 0, batch: config.batch.max(1), config }
+    }
+
+    /// Most events of a batch.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Whether a batch gathers.
+    pub fn gathers(&self) -> bool {
+        self.gathering.is_some()
+    }
+
+    /// So many events may be written now. The first of them begin a batch.
+    pub fn gather(&mut self, events: usize) {
+        if self.gathering.is_none() {
+            self.gather_anew(events);
+        }
+    }
+
+    /// Some have left, and so many are left: they begin the next batch.
+    pub fn gather_anew(&mut self, events: usize) {
+        self.gathering = (events > 0).then(Instant::now);
+    }
+
+    /// A batch was taken, and so many events may still be written.
+    pub fn taken(&mut self, left: usize) {
+        self.writing += 1;
+        self.gather_anew(left);
+    }
+
+    /// A batch is settled: how many were being written, this one among them.
+    pub fn settled(&mut self) -> usize {
+        self.writing -= 1;
+        self.writing + 1
+    }
+
+    /// When the next batch is to be taken, of what may be written.
+    pub fn due(&self, ready: Load, closed: bool) -> Due {
+        match self.gathering {
+            None => Due::Never,
+            Some(_) if closed || self.writing < ABREAST => Due::Now,
+            Some(_) if ready.items >= self.batch || ready.weight >= self.config.batch_bytes => Due::Now,
+            Some(since) if since.elapsed() >= GATHERING => Due::Now,
+            Some(since) => Due::At(since + GATHERING),
+        }
+    }
+
+    /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as
+    /// for many is left in between: smaller batches would only make it worse.
+    pub fn fit(&mut self, written: &Written) {
+        let most = self.config.batch.max(1);
+        if written.took > self.config.patience / 2 {
+            self.batch = self.batch.min((written.events / 2).max(SMALLEST_BATCH.min(most)));
+        } else if written.took < self.config.patience / 4 && written.events >= self.batch {
+            self.batch = (self.batch * 2).min(most);
+        }
+    }
+}
