@@ -63,7 +63,7 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
     let told: HashSet<LockName> = told.collect();
     let names = visits.iter().map(|(site, id)| LockName::session(*site, *id)).chain(told.iter().copied()).collect();
 
-    let tx = store.prepare(Purpose::Serve).await?;
+    let tx = store.reserve(Purpose::Serve).await?;
     let (begun, passed, loaded) =
         tokio::join!(tx.enter(), locks::pass(&tx, &sites, names), store::sessions::load(&tx, months, &visits));
     begun?;

@@ -262,10 +262,13 @@ impl WaitingRoom {
             visits.insert((site, waiting.event.session_id));
             taken.push(*waiting);
         }
-        aside.into_iter().for_each(|site| inside.queue.release(site));
+        // More of these sites than it could hold; what waits of the others is no work that it was too small for.
         let full = inside.queue.ready().items > 0;
+        aside.into_iter().for_each(|site| inside.queue.release(site));
         sites.iter().for_each(|site| inside.queue.hold(*site));
-        let since = taken.iter().map(|waiting| waiting.since).min()?;
+        // Who could wait for room has no patience to lose, and does not cost the others theirs.
+        let begun = Instant::now();
+        let since = taken.iter().map(|waiting| if waiting.patient { begun } else { waiting.since }).min()?;
         let left = inside.queue.ready().items;
         inside.tempo.taken(left);
         let mut batch = Batch {
@@ -276,7 +279,7 @@ impl WaitingRoom {
             sites,
             bytes,
             full,
-            begun: Instant::now(),
+            begun,
             room: self.clone(),
         };
         for waiting in taken {

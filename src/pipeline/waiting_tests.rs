@@ -152,6 +152,7 @@ async fn who_waits_too_long_for_a_writer_is_told_and_who_is_patient_is_not() {
     }
     let batch = room.batch().await.expect("it is open");
     assert_eq!(said(&batch), [(1, 2)]);
+    assert!(batch.since.elapsed() < Duration::from_millis(15), "its patience has only begun");
     busy(batch);
     patient.await.expect("it was settled");
     assert_eq!(room.inside().room.counted(usize::MAX), 50 * weight(&event(1, 0)));
@@ -205,6 +206,7 @@ async fn batches_beside_each_other_have_sites_of_their_own() {
     assert_eq!((sites(&first).len(), sites(&second).len()), (2, 2), "half each");
     assert!(sites(&first).is_disjoint(&sites(&second)));
     assert_eq!((first.events.len(), second.events.len()), (20, 20), "all that came in of them");
+    assert!(!first.full && !second.full, "neither tells how fast the writers are at best");
 
     // What comes in of the first waits for it, though a writer is free and nothing else waits.
     let site = *sites(&first).first().expect("two");
@@ -226,6 +228,7 @@ async fn a_batch_has_a_bound_of_visits() {
     room.take((0..10).map(|n| visit(n / 2)).collect()).expect("there is space");
     let batch = room.batch().await.expect("it is open");
     assert_eq!(said(&batch).len(), 5, "two events of two visits, and the one that begins the third");
+    assert!(batch.full);
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ pub mod call_evidence;
 pub mod calls;
 pub mod columns;
 pub mod dead_letters;
+mod direct;
 pub mod error;
 pub mod events;
 pub mod feed;
@@ -58,13 +59,13 @@ impl Store {
 
     /// Opens a transaction under the role of its purpose.
     pub async fn begin(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
-        let transaction = self.prepare(purpose).await?;
+        let transaction = self.reserve(purpose).await?;
         transaction.enter().await?;
         Ok(transaction)
     }
 
     /// A transaction that is yet to be entered, so that its first statements can be sent along with that; see [`Transaction::enter`].
-    pub async fn prepare(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
+    pub(crate) async fn reserve(&self, purpose: Purpose) -> Result<Transaction<'_>, StoreError> {
         let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
             .unwrap_or_else(|_| Err(StoreError::away(CONNECT, "no connection became free in time")))?;

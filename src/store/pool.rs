@@ -9,8 +9,9 @@ use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::error::StoreError;
-use super::ready::{self, Habits, Ready};
+use super::direct::{self, Word};
+use super::error::{BEGIN, StoreError};
+use super::ready::{Habits, Ready};
 
 /// A statement that nobody waits for any more is cancelled within this time, or left to its own bound.
 const CANCEL_LIMIT: Duration = Duration::from_secs(3);
@@ -38,7 +39,7 @@ impl Connection {
     pub(super) async fn make_ready(&self, opening: &str) -> Result<(), StoreError> {
         let Some(ready) = self.ready().filter(|ready| ready.lacks()) else { return Ok(()) };
         self.set_in_transaction(true);
-        ready.fill(&self.client, opening).await.map_err(|error| StoreError::of("prepare statements", error))?;
+        ready.fill(&self.client, opening).await.map_err(|error| StoreError::of(BEGIN, error))?;
         self.set_in_transaction(false);
         Ok(())
     }
@@ -76,6 +77,8 @@ pub struct Manager {
     /// Rung whenever a connection cannot be opened, so that nobody waits for one that will not come.
     refused: Arc<tokio::sync::Notify>,
     tls: Option<MakeRustlsConnect>,
+    /// Whether there is a pooler before the database, as far as we know.
+    pooled: Arc<AtomicBool>,
     habits: Arc<Habits>,
 }
 
@@ -107,7 +110,7 @@ impl Manager {
             SslMode::Disable => None,
             _ => Some(MakeRustlsConnect::new(client_tls(verify).map_err(|why| UrlError::Tls(setting, why))?)),
         };
-        Ok(Self { config, refused: Arc::default(), tls, habits: Arc::default() })
+        Ok(Self { config, refused: Arc::default(), tls, pooled: Arc::default(), habits: Arc::default() })
     }
 
     /// Where and as whom to connect. There is a password in it.
@@ -147,25 +150,23 @@ impl Manager {
 
     /// A connection of the pool, with what can be kept ready on it.
     async fn open_ready(&self) -> Result<(Client, Option<Ready>), tokio_postgres::Error> {
-        if self.habits.behind_pooler() {
+        if self.pooled.load(Ordering::Relaxed) {
             return Ok((self.open().await?, None));
         }
-        let (word, option) = ready::word();
+        let word = Word::new();
         let mut config = self.config.clone();
-        config.options(match config.get_options() {
-            Some(options) => format!("{options} {option}"),
-            None => option,
-        });
+        let options = config.get_options().into_iter().map(str::to_owned).chain([word.option()]);
+        config.options(options.collect::<Vec<_>>().join(" "));
         let client = match self.open_by(&config).await {
+            Ok(client) if word.comes_back(&client).await? => return Ok((client, Some(Ready::new(self.habits.clone())))),
             Ok(client) => client,
-            Err(error) if self.habits.refused(&error) => {
-                tracing::info!("there is a pooler before the database: statements are not kept ready");
-                return Ok((self.open().await?, None));
-            }
+            Err(error) if direct::is_refusal(&error) => self.open().await?,
             Err(error) => return Err(error),
         };
-        let ready = Ready::on(&client, &word, self.habits.clone()).await?;
-        Ok((client, ready))
+        if !self.pooled.swap(true, Ordering::Relaxed) {
+            tracing::info!("there is a pooler before the database: statements are not kept ready");
+        }
+        Ok((client, None))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The one way to the database: a short transaction under a role of our own.
 //!
 //! Whatever role logs in, a transaction first takes the role of its [`Purpose`], which owns nothing and bypasses nothing. Roles and bounds
-//! are set with `SET LOCAL`, and what is prepared on the server is only where no pooler stands between (`ready.rs`). A transaction that is
+//! are set with `SET LOCAL`, and what is prepared on the server is only where no pooler stands between (see [`super::direct`]). A transaction that is
 //! dropped before its end takes its connection with it: nothing half done ever returns to the pool. If a statement of it still runs, because
 //! the caller's deadline passed or they hung up, the server is asked to stop it.
 
@@ -86,8 +86,8 @@ fn as_user(user: UserId) -> String {
 /// An open transaction.
 pub struct Transaction<'a> {
     connection: bb8::PooledConnection<'a, super::pool::Manager>,
-    /// Statements that were sent and have not ended.
     purpose: Purpose,
+    /// Statements that were sent and have not ended.
     busy: AtomicUsize,
 }
 
@@ -100,7 +100,7 @@ impl<'a> Transaction<'a> {
 
     /// Opens it. Statements may be sent along with this, after it: if it fails, so does all that was said to happen in the transaction, and
     /// nothing of it may be used.
-    pub async fn enter(&self) -> Result<(), StoreError> {
+    pub(crate) async fn enter(&self) -> Result<(), StoreError> {
         let opening = self.purpose.opening();
         match self.ready() {
             Some(ready) => self.simple(BEGIN, &ready.opening(&opening)).await,
