@@ -16,9 +16,11 @@
 //! every batch; each may hold what it leaves to others (`room.rs`), so that a flood of one is refused while the next one still finds space.
 //! A refusal costs next to nothing, and comes before anything else is done where that can be known ([`Pipeline::pressure`]).
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -172,8 +174,12 @@ impl Pipeline {
 
 async fn write_until_closed(writer: writer::Writer, room: Arc<WaitingRoom>) {
     while let Some(mut batch) = room.batch().await {
-        let outcomes = writer.write(std::mem::take(&mut batch.events), batch.since).await;
-        batch.settle(outcomes);
+        let writing = writer.write(std::mem::take(&mut batch.events), batch.since);
+        match AssertUnwindSafe(writing).catch_unwind().await {
+            Ok(outcomes) => batch.settle(outcomes),
+            // Its callers are told as it is dropped. A writer that is gone for one batch would be gone for all.
+            Err(_) => tracing::error!("a writer broke, and its batch with it"),
+        }
     }
 }
 

@@ -124,13 +124,15 @@ fn classify(error: &tokio_postgres::Error) -> Fault {
     {
         return Fault::Conflict;
     }
+    // What has no code of its own is known by where it is raised: messages are in the language of the database.
+    let raised_in = |routine: &str| db.routine() == Some(routine);
     // A statement that was kept ready and is not what it was, since somebody changed the schema: another connection prepares it anew.
-    if (*code == SqlState::FEATURE_NOT_SUPPORTED && db.message().starts_with("cached plan"))
+    if (*code == SqlState::FEATURE_NOT_SUPPORTED && raised_in("RevalidateCachedQuery"))
         || *code == SqlState::INVALID_SQL_STATEMENT_NAME
     {
         return Fault::Conflict;
     }
-    if *code == SqlState::CHECK_VIOLATION && db.constraint().is_none() && db.message().starts_with("no partition") {
+    if *code == SqlState::CHECK_VIOLATION && raised_in("ExecFindPartition") {
         return Fault::MissingPartition;
     }
     if *code == SqlState::FOREIGN_KEY_VIOLATION && db.constraint().is_some_and(|name| name.contains("site_id_fkey")) {

@@ -81,10 +81,15 @@ impl Store {
             let refusal = self.manager.refusal();
             tokio::select! {
                 biased;
-                connection = self.pool.get() => return connection.map_err(|error| match error {
-                    bb8::RunError::User(error) => StoreError::of(CONNECT, error),
-                    bb8::RunError::TimedOut => StoreError::away(CONNECT, "no connection became free in time"),
-                }),
+                connection = self.pool.get() => match connection {
+                    // It ended while it lay there.
+                    Ok(connection) if connection.client().is_closed() => continue,
+                    Ok(connection) => return Ok(connection),
+                    Err(bb8::RunError::User(error)) => return Err(StoreError::of(CONNECT, error)),
+                    Err(bb8::RunError::TimedOut) => {
+                        return Err(StoreError::away(CONNECT, "no connection became free in time"));
+                    }
+                },
                 () = refusal => if self.pool.state().connections == 0 {
                     return Err(StoreError::away(CONNECT, "the database refuses connections"));
                 }

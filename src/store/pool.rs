@@ -158,7 +158,9 @@ impl Manager {
         let options = config.get_options().into_iter().map(str::to_owned).chain([word.option()]);
         config.options(options.collect::<Vec<_>>().join(" "));
         let client = match self.open_by(&config).await {
-            Ok(client) if word.comes_back(&client).await? => return Ok((client, Some(Ready::new(self.habits.clone())))),
+            Ok(client) if word.comes_back(&client).await? => {
+                return Ok((client, Some(Ready::new(self.habits.clone()))));
+            }
             Ok(client) => client,
             Err(error) if direct::is_refusal(&error) => self.open().await?,
             Err(error) => return Err(error),

@@ -19,12 +19,14 @@ use tokio_postgres::types::ToSql;
 
 use super::statement::Statement;
 
-/// What a transaction says whose statements are ready.
-const GENERIC: &str = "SET LOCAL plan_cache_mode = force_generic_plan";
+/// What a transaction says whose statements are ready. Of a month that somebody counted while it was empty the planner believes that reading all
+/// of it costs nothing.
+const GENERIC: &str = "SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off";
 /// Has the server plan anew what it keeps.
 const PLAN_ANEW: &str = "DISCARD PLANS";
 /// A plan that was made while a month was empty would read all of it for ever: until somebody has counted its rows, an index on the site alone
-/// looks as good as one that finds a visit. So a connection plans anew after this, and then after twice as long each time, up to the last.
+/// looks as good as one that finds a visit. So a connection plans anew after this, and then after twice as long each time, up to the last; and
+/// begins again with the first when something new is ready, such as the statements of a month that has just begun.
 const PLAN_FIRST: Duration = Duration::from_millis(100);
 const PLAN_LAST: Duration = Duration::from_secs(30);
 /// Uses after which a statement is worth keeping.
@@ -98,38 +100,41 @@ pub(super) struct Ready {
     here: Mutex<Here>,
 }
 
+#[derive(Default)]
 struct Here {
     statements: HashMap<Kept, tokio_postgres::Statement>,
     /// The version of what is wanted that has been seen to.
     seen: usize,
     /// When somebody was in the way of preparing; then some are still lacking.
     held_up: Option<Instant>,
-    /// When the plans are to be made anew, and how long after that again.
-    plan_at: Instant,
-    plan_next: Duration,
+    plans: Plans,
+}
+
+/// When the plans are to be made anew, and how long after that again.
+struct Plans {
+    at: Instant,
+    next: Duration,
+}
+
+impl Default for Plans {
+    fn default() -> Self {
+        Self { at: Instant::now() + PLAN_FIRST, next: PLAN_FIRST * 2 }
+    }
 }
 
 impl Ready {
     /// For a connection that was opened just now.
     pub fn new(habits: Arc<Habits>) -> Self {
-        let here = Here {
-            statements: HashMap::new(),
-            seen: 0,
-            held_up: None,
-            plan_at: Instant::now() + PLAN_FIRST,
-            plan_next: PLAN_FIRST * 2,
-        };
-        Self { habits, here: Mutex::new(here) }
+        Self { habits, here: Mutex::default() }
     }
 
     /// `opening` of a transaction as it is on this connection.
     pub fn opening(&self, opening: &str) -> String {
         let mut here = lock(&self.here);
-        if here.plan_at > Instant::now() {
+        if here.plans.at > Instant::now() {
             return format!("{opening}; {GENERIC}");
         }
-        here.plan_at = Instant::now() + here.plan_next;
-        here.plan_next = (here.plan_next * 2).min(PLAN_LAST);
+        here.plans = Plans { at: Instant::now() + here.plans.next, next: (here.plans.next * 2).min(PLAN_LAST) };
         format!("{PLAN_ANEW}; {opening}; {GENERIC}")
     }
 
@@ -168,7 +173,10 @@ impl Ready {
             // The first that fails fails those after it.
             let (prepared, failed) = prepare(client, opening, &missing).await?;
             let rest = missing.split_off(prepared.len());
-            lock(&self.here).statements.extend(missing.into_iter().zip(prepared));
+            let mut here = lock(&self.here);
+            here.statements.extend(missing.into_iter().zip(prepared));
+            here.plans = Plans::default();
+            drop(here);
             missing = rest;
             let Some(error) = failed else { break };
             tracing::debug!(%error, statement = missing[0].statement.name, "a statement cannot be kept ready");

@@ -227,7 +227,7 @@ impl Dropper {
 
     /// Drops them, together, unless an event has brought one back meanwhile.
     async fn drop_leaves(&self, month: Month, leaves: &[&Leaf]) -> Result<Vec<Step>, DropError> {
-        self.sql("begin", "BEGIN").await?;
+        self.sql("begin", "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
         let done = self.drop_in_transaction(month, leaves).await;
         match done {
             Ok(true) => {

@@ -45,7 +45,8 @@ pub enum Reader {
 }
 
 impl Purpose {
-    /// The text that opens a transaction for it: role, claims, bounds. Public so that a test can stand where a reader stands.
+    /// The text that opens a transaction for it: isolation, role, claims, bounds. Who writes sees what was committed before each statement,
+    /// whatever a database has for a default: what a lock was waited for has to be seen. Public so that a test can stand where a reader stands.
     pub fn opening(self) -> Cow<'static, str> {
         match self {
             Self::Read(Reader::Site(site)) => {
@@ -57,15 +58,20 @@ impl Purpose {
             Self::Read(Reader::User(user)) => {
                 return format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}; {TENANT_BOUNDS}", as_user(user)).into();
             }
-            Self::Act(user) => return format!("BEGIN; {}; {TENANT_BOUNDS}", as_user(user)).into(),
+            Self::Act(user) => {
+                return format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}; {TENANT_BOUNDS}", as_user(user)).into();
+            }
             Self::Serve => {
-                "BEGIN; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'; \
+                "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'; \
                  SET LOCAL lock_timeout = '4s'; SET LOCAL idle_in_transaction_session_timeout = '15s'; SET CONSTRAINTS ALL DEFERRED"
             }
             Self::Keep => {
-                "BEGIN; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '15s'; SET LOCAL lock_timeout = '2s'"
+                "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '15s'; \
+                 SET LOCAL lock_timeout = '2s'"
             }
-            Self::Operate => "BEGIN; SET LOCAL ROLE opsmantik_operator; SET LOCAL statement_timeout = '60s'",
+            Self::Operate => {
+                "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_operator; SET LOCAL statement_timeout = '60s'"
+            }
         }
         .into()
     }

@@ -12,6 +12,7 @@ mod catalog;
 mod cli;
 mod clients;
 mod cluster;
+mod connections;
 mod dead_letters;
 mod feed;
 mod grpc;

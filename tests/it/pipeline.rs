@@ -1,5 +1,6 @@
 //! One outcome for every event, whatever happens to its neighbours or to the database.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
@@ -7,6 +8,8 @@ use opsmantik::domain::outcome::{DeathReason, Outcome, Unavailable};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use opsmantik::store::Store;
+use opsmantik::store::dead_letters::{DeadLetter, Undertaker};
+use opsmantik::store::error::StoreError;
 
 use crate::support::database::database;
 use crate::support::events::{Spec, at};
@@ -71,6 +74,33 @@ async fn an_event_of_a_site_that_is_gone_dies_with_that_reason() {
         .await;
     assert_eq!(outcomes[0], Outcome::Dead(DeathReason::UnknownSite));
     assert!(matches!(outcomes[1], Outcome::Stored(_)));
+}
+
+/// Breaks over every letter.
+struct Clumsy;
+
+#[async_trait::async_trait]
+impl Undertaker for Clumsy {
+    async fn bury(&self, _: &DeadLetter) -> Result<(), StoreError> {
+        panic!("this one drops letters");
+    }
+}
+
+#[tokio::test]
+async fn a_writer_that_breaks_takes_its_batch_with_it_and_no_other() {
+    let database = database().await;
+    let gone = opsmantik::domain::id::SiteId::from_uuid(uuid::Uuid::from_u128(404));
+    let site = database.site("here").await.id;
+    let config = PipelineConfig::default();
+    let pipeline = Pipeline::start_with(database.store.clone(), Nudge::default(), Arc::new(Clumsy), config);
+    for id in 1..=2 * u32::try_from(config.writers).expect("a few") {
+        let told = pipeline.submit(vec![Spec::new(id, "s", Utc::now()).event(gone)]).await;
+        assert!(matches!(told[0], Outcome::Unavailable(_)), "{told:?}");
+    }
+    for id in 1..=20 {
+        let told = pipeline.submit(vec![Spec::new(id, "s", Utc::now()).event(site)]).await;
+        assert!(matches!(told[0], Outcome::Stored(_)), "{told:?}");
+    }
 }
 
 #[tokio::test]

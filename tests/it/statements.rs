@@ -210,8 +210,8 @@ fn no_sql_runs_outside_the_store() {
             let text = std::fs::read_to_string(&path).unwrap_or_default();
             let runs_sql =
                 [".query_typed(", ".query_raw(", ".batch_execute(", ".simple_query(", ".query_one(", ".execute("];
-            let own =
-                ["transaction.rs", "direct.rs", "ready.rs", "migrate.rs", "retention.rs"].map(|file| format!("src/store/{file}"));
+            let own = ["transaction.rs", "direct.rs", "ready.rs", "migrate.rs", "retention.rs"]
+                .map(|file| format!("src/store/{file}"));
             let allowed = own.iter().any(|own| path.ends_with(own));
             if !allowed
                 && path.extension().is_some_and(|e| e == "rs")

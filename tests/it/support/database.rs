@@ -116,7 +116,6 @@ impl Database {
         rows.expect("the test's own query").iter().map(|row| row.get(0)).collect()
     }
 
-    /// One number.
     /// Every session counts what is stored of it, not more and not less, and nothing died.
     pub async fn assert_counted(&self) {
         let miscounted = "SELECT count(*) FROM sessions s WHERE event_count <> (SELECT count(*) FROM events e \
@@ -125,6 +124,7 @@ impl Database {
         assert_eq!(self.count("SELECT count(*) FROM dead_letters").await, 0);
     }
 
+    /// One number.
     pub async fn count(&self, query: &str) -> i64 {
         self.admin.query_one(query, &[]).await.expect("the test's own query").get(0)
     }
