@@ -15,9 +15,13 @@ use http::header::RETRY_AFTER;
 
 use super::answer::{self, Problem};
 use super::delivery;
-use super::{PublicState, body, early};
+use super::trouble::logged;
+use super::{PublicState, body};
 use crate::domain::outcome::Unavailable;
 use crate::pipeline::Pressure;
+
+/// Where it is, and how it is called in logs and metrics.
+pub(super) const ROUTE: &str = "/api/sync/worker";
 
 /// Most bytes of a delivery: QStash's own limit.
 const MAX_DELIVERY: usize = 1 << 20;
@@ -37,17 +41,19 @@ pub async fn worker(State(state): State<PublicState>, request: Request) -> Respo
     let read = body::read(&parts.headers, body, MAX_DELIVERY, state.body_patience, &state.body_room).await;
     let bytes = match read {
         Ok(bytes) => bytes,
-        Err(problem) => return patient(problem.into_response(), retried),
+        Err(problem) => return patient(logged(ROUTE, problem), retried),
     };
     let signature = parts.headers.get("upstash-signature").and_then(|value| value.to_str().ok());
     if let Err(error) = state.verifier.verify(signature, &bytes) {
-        tracing::warn!(http.route = "/api/sync/worker", %error, "a delivery was refused");
+        tracing::warn!(http.route = ROUTE, %error, "a delivery was refused");
         return Problem::signature().into_response();
     }
     if state.pipeline.pressure() == Pressure::Full {
-        return patient(logged(Unavailable::Busy.into()), retried);
+        return patient(logged(ROUTE, Unavailable::Busy.into()), retried);
     }
-    let response = super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(logged) }).await;
+    let response =
+        super::to_the_end(async move { take(&state, &bytes).await.unwrap_or_else(|problem| logged(ROUTE, problem)) })
+            .await;
     patient(response, retried)
 }
 
@@ -77,11 +83,4 @@ async fn take(state: &PublicState, bytes: &[u8]) -> Result<Response, Problem> {
         }
         (None, answer) => answer,
     }
-}
-
-fn logged(problem: Problem) -> Response {
-    if problem.is_server_side() {
-        early::note("/api/sync/worker", &problem);
-    }
-    problem.into_response()
 }
