@@ -54,10 +54,11 @@ crate::statement!(
     /// Named and typed columns only, so that an index answers.
     COUNT_DEAD_LETTERS,
     Months::None,
-    [UUID_ARRAY, UUID, TEXT, TEXT, TIMESTAMPTZ, TIMESTAMPTZ, BOOL],
+    [UUID_ARRAY, UUID, TEXT, TEXT, TIMESTAMPTZ, TIMESTAMPTZ, BOOL, TIMESTAMPTZ, UUID],
     format!(
         "SELECT reason, count(*), count(*) FILTER (WHERE replayed_at IS NULL), min(created_at), max(created_at) \
-         FROM public.dead_letters WHERE {IS_CHOSEN} GROUP BY reason ORDER BY reason"
+         FROM public.dead_letters WHERE {IS_CHOSEN} AND ($8 IS NULL OR (created_at, id) > ($8, $9)) \
+         GROUP BY reason ORDER BY reason"
     )
 );
 
@@ -242,10 +243,13 @@ impl Store {
         Ok(self.list_dead_letters(&chosen, None, true, 1).await?.pop())
     }
 
-    /// How many letters are chosen, by reason.
-    pub async fn count_dead_letters(&self, chosen: &Chosen) -> Result<Vec<Count>, StoreError> {
+    /// How many letters are chosen, or how many of those buried after the one at `after`, by reason.
+    pub async fn count_dead_letters(&self, chosen: &Chosen, after: Option<Place>) -> Result<Vec<Count>, StoreError> {
+        let (bound, after) = (Bound::of(chosen), after.map(|place| (place.buried_at, place.id.as_uuid())));
+        let (buried_at, id) = after.unzip();
+        let more: [&(dyn ToSql + Sync); 2] = [&buried_at, &id];
         let tx = self.begin(Purpose::Operate).await?;
-        let rows = tx.query(&COUNT_DEAD_LETTERS, &Bound::of(chosen).params(chosen)).await?;
+        let rows = tx.query(&COUNT_DEAD_LETTERS, &[&bound.params(chosen)[..], &more].concat()).await?;
         tx.commit().await?;
         let read = |row: &Row| -> Result<Count, tokio_postgres::Error> {
             Ok(Count {
