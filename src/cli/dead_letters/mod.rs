@@ -4,9 +4,8 @@ use anyhow::{Context, bail};
 use chrono::{DateTime, NaiveDate, NaiveTime, TimeDelta, Utc};
 use clap::Subcommand;
 
-use super::Database;
 use super::output::print_json;
-use super::token::time;
+use super::{Database, duration};
 use crate::domain::id::{DeadLetterId, SiteId};
 use crate::domain::outcome::DeathReason;
 use crate::store::dead_letters::Chosen;
@@ -70,7 +69,7 @@ impl Filter {
 fn moment(text: &str) -> anyhow::Result<DateTime<Utc>> {
     let wrong =
         "neither a day such as 2026-11-01, nor a moment such as 2026-11-01T10:30:00Z, nor a time ago such as 12h";
-    if let Some(ago) = time(text).and_then(|ago| TimeDelta::from_std(ago).ok()) {
+    if let Some(ago) = duration::read(text).and_then(|ago| TimeDelta::from_std(ago).ok()) {
         return Utc::now().checked_sub_signed(ago).context(wrong);
     }
     match NaiveDate::parse_from_str(text.trim(), "%Y-%m-%d") {
