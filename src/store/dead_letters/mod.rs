@@ -159,13 +159,14 @@ pub struct Count {
 #[async_trait]
 pub trait Undertaker: Send + Sync {
     /// Once this returns, the letter is safe.
-    async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError>;
+    async fn keep(&self, letter: &DeadLetter) -> Result<(), StoreError>;
 }
 
 #[async_trait]
 impl Undertaker for Store {
-    async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError> {
-        Self::bury(self, letter).await?;
+    /// Buries it, and says so.
+    async fn keep(&self, letter: &DeadLetter) -> Result<(), StoreError> {
+        self.bury(letter).await?;
         let event = letter.event_id.map(tracing::field::display);
         let site = letter.site_id.map(tracing::field::display);
         tracing::warn!(
@@ -200,7 +201,7 @@ fn read(row: &Row) -> Result<BuriedLetter, StoreError> {
 }
 
 impl Store {
-    /// Keeps what died. Once this returns it is durable.
+    /// Puts what died into the table. Once this returns it is durable.
     pub async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError> {
         let tx = self.begin(Purpose::Serve).await?;
         tx.query(
