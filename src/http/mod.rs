@@ -40,7 +40,6 @@ mod cors;
 pub mod delivery;
 mod early;
 pub mod limit;
-mod reading;
 mod script;
 pub mod serve;
 pub mod signature;
@@ -49,6 +48,7 @@ mod trouble;
 mod turn;
 pub mod wire;
 mod worker;
+mod write_limit;
 
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
