@@ -47,7 +47,7 @@ struct Filter {
     /// Only of this reason
     #[arg(long, value_parser = DeathReason::ALL.map(DeathReason::code))]
     reason: Option<String>,
-    /// Only those that died there: `worker`, `pipeline`, `calls`
+    /// Only those that died there: `worker`, `nats`, `pipeline`, `calls`
     #[arg(long)]
     source: Option<String>,
     /// Only those that died at or after this: `2026-11-01`, `2026-11-01T10:30:00Z`, or so long ago: `90m`, `12h`, `7d`

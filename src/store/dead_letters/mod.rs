@@ -62,7 +62,7 @@ crate::statement!(
     )
 );
 
-/// Longest payload that is kept, in bytes: one more than any body that a door takes.
+/// Longest payload that is kept, in bytes: as much as the largest delivery that QStash brings.
 const MAX_PAYLOAD: usize = 1 << 20;
 
 /// Something that died.
@@ -71,7 +71,7 @@ pub struct DeadLetter {
     pub id: DeadLetterId,
     pub site_id: Option<SiteId>,
     pub event_id: Option<EventId>,
-    /// Which door it came through: `worker`, `pipeline`, `calls`.
+    /// Which door it came through: `worker`, `nats`, `pipeline`, `calls`.
     pub source: &'static str,
     pub reason: DeathReason,
     /// What exactly was wrong, for the engineer.
