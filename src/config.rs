@@ -141,8 +141,8 @@ pub struct Settings {
     pub nats_replicas: u8,
 
     /// Bytes that may wait in the stream when it is made. Nothing is deleted beyond: edges then store directly, or answer 503
-    #[arg(long, env = "NATS_MAX_BYTES", value_name = "NATS_MAX_BYTES", default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1 << 20..=1 << 50))]
-    pub nats_max_bytes: u64,
+    #[arg(long, env = "NATS_MAX_BYTES", value_name = "NATS_MAX_BYTES", default_value_t = 1 << 30, value_parser = clap::value_parser!(i64).range(1 << 20..=1 << 50))]
+    pub nats_max_bytes: i64,
 
     /// Secret of Supabase's HS256 JWTs, as text, at least 32 bytes. Signed-in people may then read by gRPC
     #[arg(long, env = "SUPABASE_JWT_SECRET", hide_env_values = true, value_name = "SUPABASE_JWT_SECRET")]
@@ -367,9 +367,7 @@ impl Settings {
         if stream.is_empty() || !stream.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')) {
             return Err(ConfigError::Invalid("NATS_STREAM", "a stream's name has letters, digits, - and _ only"));
         }
-        let max_bytes = i64::try_from(self.nats_max_bytes)
-            .map_err(|_| ConfigError::Invalid("NATS_MAX_BYTES", "no disk has so many bytes"))?;
-        let replicas = usize::from(self.nats_replicas);
+        let (replicas, max_bytes) = (usize::from(self.nats_replicas), self.nats_max_bytes);
         Ok(Some(NatsConfig { servers, credentials, stream: stream.to_owned(), replicas, max_bytes }))
     }
 

@@ -16,6 +16,7 @@
 //! | [`store`] | the repository: all SQL, addressed by keys that contain the month |
 //! | [`keeper`] | makes monthly partitions ahead of time |
 //! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice, [`secret`] what it never says |
+//! | `fair_queue` | a queue with a lane for everybody, served in turn: where more wait than can be served |
 //! | [`dev`] | what makes two commands enough on a bare machine |
 
 pub mod access;
@@ -25,6 +26,7 @@ pub mod config;
 pub mod dev;
 pub mod directory;
 pub mod domain;
+mod fair_queue;
 pub mod feed;
 pub mod grpc;
 pub mod http;

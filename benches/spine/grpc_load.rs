@@ -5,7 +5,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use opsmantik::grpc::proto::{IngestRequest, StreamIngestRequest};
@@ -18,6 +18,7 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
+use crate::sent::{COME_BACK, Sent};
 use crate::workload::Beat;
 
 /// Events of one call of `Ingest`.
@@ -52,16 +53,7 @@ pub fn with_token<T>(message: T, token: &str) -> anyhow::Result<Request<T>> {
     Ok(request)
 }
 
-/// What sending took.
-#[derive(Debug, Clone, Copy)]
-pub struct Sent {
-    pub seconds: f64,
-    /// Times that the server said *unavailable*, and was sent the same again, as its contract has it.
-    pub again: usize,
-}
-
-/// Who is told *unavailable* comes back after this, and not more often than that: on a quiet machine nobody is.
-const COME_BACK: Duration = Duration::from_millis(200);
+/// A caller comes back so often, and then gives up.
 const COME_BACK_TIMES: usize = 50;
 
 /// Sends all requests, so many callers at once, each with a connection of its own.

@@ -13,6 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
+use crate::sent::{COME_BACK, Sent};
+
 /// Requests, one after the other.
 #[derive(Default)]
 pub struct Volley {
@@ -85,6 +87,11 @@ impl Answers {
         self.stored as f64 / self.seconds
     }
 
+    /// What sending took.
+    pub fn sent(&self) -> Sent {
+        Sent { seconds: self.seconds, again: self.again }
+    }
+
     /// Every request was answered, and stored.
     pub fn all_stored(self, sent: usize) -> anyhow::Result<Self> {
         ensure!(
@@ -107,8 +114,7 @@ pub enum Pace {
     Open(f64),
 }
 
-/// Who is told 503 comes back after this, and all together not more often than that.
-const COME_BACK: Duration = Duration::from_millis(200);
+/// All connections together come back so often, and then take 503 for an answer.
 const COME_BACK_TIMES: usize = 1000;
 
 /// Sends all of it over so many connections.

@@ -28,6 +28,7 @@ mod past;
 mod processes;
 mod report;
 mod rows;
+mod sent;
 mod server;
 mod workload;
 

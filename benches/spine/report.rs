@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::processes::Spent;
+use crate::sent::Sent;
 
 /// What has to be reached. `stretch` is what would be better still.
 #[derive(Debug, Clone, Copy)]
@@ -23,10 +24,12 @@ pub struct Side {
 }
 
 impl Side {
+    /// Adds a round.
     #[allow(clippy::cast_precision_loss)]
-    pub fn add(&mut self, events: usize, seconds: f64, spent: Spent) {
-        self.rates.push(events as f64 / seconds);
+    pub fn add(&mut self, events: usize, sent: Sent, spent: Spent) {
+        self.rates.push(events as f64 / sent.seconds);
         self.costs.push(spent.per_thousand(events));
+        self.again += sent.again;
     }
 
     fn cost(&self) -> [f64; 3] {

@@ -13,6 +13,7 @@ use crate::store::Store;
 mod output;
 
 mod dead_letters;
+mod duration;
 mod partitions;
 mod site;
 mod token;

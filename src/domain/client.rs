@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::text::{MAX_SHORT, clean_some};
 
-/// The longest user agent that is read, in characters.
+/// The longest user agent that is read, in bytes.
 const MAX_AGENT: usize = 1024;
 /// Most user agents that a thread remembers; then it forgets them all, and those that are about are soon there again.
 const REMEMBERED: usize = 512;

@@ -300,8 +300,8 @@ impl Event {
     /// No event weighs less.
     pub const LEAST_WEIGHT: usize = size_of::<Self>() + SHORT_TEXTS;
 
-    /// What it occupies in memory, bytes, or a little more: what the waiting room counts. Small things are large there, so that an event of
-    /// very many of them may be twenty times what it was on the wire.
+    /// What it occupies in memory, bytes, or a little more: what the waiting room counts. A small JSON value takes far more memory than wire, so
+    /// an event of thousands of them may weigh twenty times what was sent.
     pub fn weight(&self) -> usize {
         let some = |text: &Option<String>| text.as_deref().map_or(0, str::len);
         // What was read out of the address, click ids and campaign, is no longer than it is.

@@ -173,28 +173,30 @@ impl Session {
 
     /// Which event told what, in the compact form of the `provenance` column.
     pub fn provenance(&self) -> Provenance {
-        let mut evidence: Vec<Evidence> = Vec::new();
-        let mut of = |stamp: Stamp, tell: &mut dyn FnMut(&mut Evidence)| {
-            let at = evidence.iter().position(|entry| entry.stamp() == stamp).unwrap_or_else(|| {
-                evidence.push(Evidence::by(stamp));
-                evidence.len() - 1
-            });
-            tell(&mut evidence[at]);
-        };
+        let mut evidence = Vec::new();
         for (field, first) in &self.firsts {
-            of(first.stamp, &mut |entry| entry.fields.push(*field));
+            entry(&mut evidence, first.stamp).fields.push(*field);
         }
         for (signal, stamp) in &self.raised {
-            of(*stamp, &mut |entry| entry.signals |= 1 << *signal as u8);
+            entry(&mut evidence, *stamp).signals |= 1 << *signal as u8;
         }
-        of(self.exit.stamp, &mut |entry| entry.exit = true);
-        of(self.source.stamp, &mut |entry| entry.traffic = Some(self.source.traffic.rule));
+        entry(&mut evidence, self.exit.stamp).exit = true;
+        entry(&mut evidence, self.source.stamp).traffic = Some(self.source.traffic.rule);
         evidence.sort_unstable_by_key(Evidence::stamp);
         if let Some(most) = evidence.iter_mut().rev().max_by_key(|entry| entry.fields.len()) {
             most.rest = !std::mem::take(&mut most.fields).is_empty();
         }
         Provenance(evidence)
     }
+}
+
+/// The entry of an event, which is added if there is none yet.
+fn entry(evidence: &mut Vec<Evidence>, stamp: Stamp) -> &mut Evidence {
+    let at = evidence.iter().position(|entry| entry.stamp() == stamp).unwrap_or_else(|| {
+        evidence.push(Evidence::by(stamp));
+        evidence.len() - 1
+    });
+    &mut evidence[at]
 }
 
 /// `signals` without and with what attribution adds to them.

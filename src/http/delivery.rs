@@ -9,7 +9,7 @@ use super::wire::{self, Body};
 use crate::directory::Directory;
 use crate::domain::event::{Arrival, Event};
 use crate::domain::outcome::Unavailable;
-use crate::queue::delivery::{Corpse, read_job};
+use crate::queue::corpse::{Corpse, read_job};
 
 /// The events of a delivery, and what of it is dead already. One corpse is enough: it is buried with the whole delivery.
 pub async fn read(
@@ -18,7 +18,7 @@ pub async fn read(
     arrived_at: DateTime<Utc>,
 ) -> Result<(Vec<Event>, Option<Corpse>), Unavailable> {
     if is_job(bytes) {
-        let event = read_job(directory, &String::from_utf8_lossy(bytes), arrived_at).await?;
+        let event = read_job(directory, bytes, arrived_at).await?;
         return Ok(match event {
             Ok(event) => (vec![event], None),
             Err(corpse) => (Vec::new(), Some(corpse)),

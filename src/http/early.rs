@@ -5,21 +5,17 @@
 //! some sites do not ─▶ a glance at whose events they are and how many, and only then the rest
 //! ```
 //!
-//! Under pressure most requests may be refused, and the machine has better things to do than to understand them. And they are not logged one by
-//! one: once a second, with their number.
+//! Under pressure most requests may be refused, and the machine has better things to do than to understand them.
 
 use std::borrow::Cow;
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Deserialize;
 
-use super::PublicState;
-use super::answer::Problem;
 use super::cors::Sender;
+use super::trouble::logged;
 use super::turn::Asking;
+use super::{PublicState, sync};
 use crate::domain::outcome::Unavailable;
 use crate::pipeline::Pressure;
 
@@ -40,9 +36,7 @@ pub(super) async fn refusal(state: &PublicState, sender: &Sender, asking: Asking
 }
 
 fn busy() -> Response {
-    let problem = Problem::from(Unavailable::Busy);
-    note("/api/sync", &problem);
-    problem.into_response()
+    logged(sync::ROUTE, Unavailable::Busy.into())
 }
 
 /// As much of a body as tells whose it is.
@@ -69,45 +63,6 @@ impl Glance<'_> {
     }
 }
 
-/// Logs that a route cannot store what it was sent: once a second, and how often that was.
-pub(super) fn note(route: &'static str, problem: &Problem) {
-    static SELDOM: Seldom = Seldom::new();
-    if let Some(times) = SELDOM.now() {
-        tracing::warn!(
-            http.route = route,
-            error.code = problem.code(),
-            requests = times,
-            "requests could not be stored now"
-        );
-    }
-}
-
-/// Says yes once a second.
-struct Seldom {
-    second: AtomicU64,
-    times: AtomicU64,
-}
-
-impl Seldom {
-    const fn new() -> Self {
-        Self { second: AtomicU64::new(u64::MAX), times: AtomicU64::new(0) }
-    }
-
-    /// Once a second, how often it was asked since.
-    fn now(&self) -> Option<u64> {
-        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
-        self.at(BEGAN.elapsed().as_secs())
-    }
-
-    fn at(&self, second: u64) -> Option<u64> {
-        self.times.fetch_add(1, Ordering::Relaxed);
-        let last = self.second.load(Ordering::Relaxed);
-        let first =
-            last != second && self.second.compare_exchange(last, second, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        first.then(|| self.times.swap(0, Ordering::Relaxed))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,11 +81,5 @@ mod tests {
         for odd in ["", "[]", "{}", r#"{"s":7}"#, r#"{"events":[]}"#, r#"{"events":7,"s":"shop"}"#, r#"{"s":"shop""#] {
             assert_eq!(site(odd), None, "{odd}");
         }
-    }
-
-    #[test]
-    fn a_second_has_one_line_and_none_is_forgotten() {
-        let seldom = Seldom::new();
-        assert_eq!([0, 0, 0, 1, 1, 5].map(|second| seldom.at(second)), [Some(1), None, None, Some(3), None, Some(2)]);
     }
 }

@@ -40,14 +40,15 @@ mod cors;
 pub mod delivery;
 mod early;
 pub mod limit;
-mod reading;
 mod script;
 pub mod serve;
 pub mod signature;
 mod sync;
+mod trouble;
 mod turn;
 pub mod wire;
 mod worker;
+mod write_limit;
 
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
@@ -75,8 +76,8 @@ pub struct PublicState {
 /// The routes of the public listener.
 pub fn public_router(state: PublicState) -> Router {
     Router::new()
-        .route("/api/sync", any(sync::sync))
-        .route("/api/sync/worker", any(worker::worker))
+        .route(sync::ROUTE, any(sync::sync))
+        .route(worker::ROUTE, any(worker::worker))
         .route("/tracker.js", any(script::script))
         .fallback(async || Problem::not_found())
         .layer(axum::middleware::map_response(secured))
@@ -93,8 +94,8 @@ async fn measured(request: Request, next: Next) -> Response {
     let began = Instant::now();
     // The route and never the address: what strangers ask for is no label.
     let route = match request.uri().path() {
-        "/api/sync" => "/api/sync",
-        "/api/sync/worker" => "/api/sync/worker",
+        sync::ROUTE => sync::ROUTE,
+        worker::ROUTE => worker::ROUTE,
         "/tracker.js" => "/tracker.js",
         _ => "other",
     };

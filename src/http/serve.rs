@@ -1,7 +1,8 @@
 //! Serving a router on a socket: HTTP/1 and HTTP/2, bounded on every side.
 //!
-//! A connection that asks nothing, dawdles with its headers, stays idle or does not read its answers (`reading.rs`) is closed; there is a most of connections, further ones wait in the
-//! kernel's queue. On stop nothing new is taken, what was taken is answered, and who is still there after the drain is cut off.
+//! A connection that asks nothing, dawdles with its headers, stays idle or does not read its answers (`write_limit.rs`) is closed. Connections are
+//! limited in number; further ones wait in the kernel's queue. On stop nothing new is taken, what was taken is answered, and who is still there
+//! after the drain is cut off.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use super::reading::Reading;
+use super::write_limit::WriteLimit;
 
 /// Most requests at once on a connection of HTTP/2: a page has one under way, and a delivery is one.
 const STREAMS: u32 = 16;
@@ -43,7 +44,7 @@ pub struct Limits {
     /// From the connection to the first request, and from one request to the end of the next one's headers.
     pub header_patience: Duration,
     /// A client that does not read what it asked for is waited for no longer than this.
-    pub read_patience: Duration,
+    pub write_patience: Duration,
     /// Most bytes of a request's headers.
     pub header_bytes: u32,
     /// What is being answered on stop has this long.
@@ -55,7 +56,7 @@ impl Default for Limits {
         Self {
             connections: 8192,
             header_patience: Duration::from_secs(15),
-            read_patience: Duration::from_secs(20),
+            write_patience: Duration::from_secs(20),
             header_bytes: 32 << 10,
             drain: Duration::from_secs(10),
         }
@@ -123,7 +124,7 @@ async fn connection(
         }
     });
     let server = builder(limits);
-    let stream = Reading::new(stream, limits.read_patience);
+    let stream = WriteLimit::new(stream, limits.write_patience);
     let served = watcher.watch(server.serve_connection(TokioIo::new(stream), service).into_owned());
     let mut served = std::pin::pin!(served);
     // hyper's own timers begin with the first bytes of a known protocol; this one begins with the connection.

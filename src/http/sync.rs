@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use chrono::Utc;
 use http::Method;
 use std::net::IpAddr;
@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use super::answer::{self, Fate, Problem};
 use super::body::{self, Held};
 use super::cors::{Sender, hidden};
+use super::trouble::logged;
 use super::turn::Asking;
 use super::wire::{self, Body, WireEvent};
 use super::{PublicState, client_address, early, peer};
@@ -21,6 +22,9 @@ use crate::domain::event::Arrival;
 use crate::domain::refusal::Refusal;
 use crate::domain::site::Site;
 use crate::pipeline::Pressure;
+
+/// Where it is, and how it is called in logs and metrics.
+pub(super) const ROUTE: &str = "/api/sync";
 
 /// What this address takes.
 const ALLOW: &str = "POST, OPTIONS";
@@ -58,7 +62,7 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
     };
     let bytes = match read {
         Ok(bytes) => bytes,
-        Err(problem) => return sender.shown_to_customers(&state.directory, problem).await,
+        Err(problem) => return sender.shown_to_customers(&state.directory, logged(ROUTE, problem)).await,
     };
     let asking = Asking::of(&parts.headers, bytes.len());
     if let Some(refusal) = early::refusal(&state, &sender, asking, &bytes).await {
@@ -74,14 +78,14 @@ async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
     drop(bytes);
     let (body, site) = match found {
         Ok(found) => found,
-        Err(problem) => return caller.sender.shown_to_customers(&state.directory, logged(problem)).await,
+        Err(problem) => return caller.sender.shown_to_customers(&state.directory, logged(ROUTE, problem)).await,
     };
     if let Err(problem) = caller.sender.admit(&site) {
         return hidden(problem);
     }
     match hand_over(&state, &caller, &site, body).await {
         Ok(response) => caller.sender.shown(response),
-        Err(problem) => caller.sender.shown(logged(problem)),
+        Err(problem) => caller.sender.shown(logged(ROUTE, problem)),
     }
 }
 
@@ -163,12 +167,4 @@ fn one_site(events: &[WireEvent], site: &Site) -> Result<(), Problem> {
         Some(stranger) => Err(stranger.other_site().into()),
         None => Ok(()),
     }
-}
-
-/// The server's side of an error that is the server's own.
-fn logged(problem: Problem) -> Response {
-    if problem.is_server_side() {
-        early::note("/api/sync", &problem);
-    }
-    problem.into_response()
 }

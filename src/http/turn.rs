@@ -15,7 +15,7 @@ use http::HeaderMap;
 use http::header::ORIGIN;
 use tokio::sync::oneshot;
 
-use crate::pipeline::queue::FairQueue;
+use crate::fair_queue::FairQueue;
 
 /// Bytes of bodies that are understood for one origin in a row, where others wait.
 const QUANTUM: usize = 32 << 10;

@@ -12,7 +12,7 @@
 //! on the other; a third begins when it is full, or after a moment. The rooms are counted in bytes, so memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
-//! Sites share it fairly. Each has a lane of its own (`queue.rs`) in which events keep the order of their coming, and gets its turn in
+//! Sites share it fairly. Each has a lane of its own (`fair_queue.rs`) in which events keep the order of their coming, and gets its turn in
 //! every batch; each may hold what it leaves to others (`room.rs`), so that a flood of one is refused while the next one still finds space.
 //! A refusal costs next to nothing, and comes before anything else is done where that can be known ([`Pipeline::pressure`]).
 
@@ -35,7 +35,6 @@ use crate::telemetry;
 use waiting::WaitingRoom;
 
 mod batch;
-pub(crate) mod queue;
 mod room;
 mod tempo;
 mod waiting;

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::PipelineConfig;
-use super::queue::Load;
+use crate::fair_queue::Load;
 
 /// So many batches are written beside each other without delay, each with its share of the sites that have something.
 pub(super) const ABREAST: usize = 2;

@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
-use super::queue::FairQueue;
 use super::room::Room;
 use super::tempo::{ABREAST, Due, Tempo, Written};
 use super::{PipelineConfig, Pressure};
 use crate::domain::event::Event;
 use crate::domain::id::SiteId;
 use crate::domain::outcome::{Outcome, Unavailable};
+use crate::fair_queue::FairQueue;
 use crate::telemetry;
 
 /// What a site gets in one turn, bytes: a hundred and more usual events, so that a visit's events mostly stay together.

@@ -240,7 +240,7 @@ impl Writer {
             payload,
             received_at: event.arrived_at(),
         };
-        let buried = timeout_at(deadline + BURY_WITHIN, self.undertaker.bury(&letter)).await;
+        let buried = timeout_at(deadline + BURY_WITHIN, self.undertaker.keep(&letter)).await;
         match buried.unwrap_or_else(|_| Err(StoreError::too_slow("bury"))) {
             Ok(()) => Outcome::Dead(reason),
             Err(error) => {

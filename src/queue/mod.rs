@@ -12,7 +12,7 @@ use crate::domain::outcome::{Outcome, Unavailable};
 use crate::pipeline::Pressure;
 
 mod breaker;
-pub mod delivery;
+pub mod corpse;
 pub mod inline;
 pub mod nats;
 pub mod qstash;

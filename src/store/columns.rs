@@ -51,7 +51,8 @@ impl Columns for Tuple {
     }
 }
 
-/// A `jsonb` that a hand may have written: what does not read as `T` is its default. `NULL` is none.
+/// A `jsonb` that a hand may have written: what does not read as `T` is its default. `NULL` is an error: where it may
+/// be, ask for `Option<Lenient<T>>`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Lenient<T>(pub T);
 

@@ -21,7 +21,7 @@ crate::statement!(
     [UUID, DATE, INT4, INT4, UUID, INT8],
     {
         let columns = sessions::COLUMN_NAMES.join(", ");
-        // The index has the last condition, and is for who states it.
+        // The index is partial, `WHERE lead_score >= 0`: PostgreSQL uses it only if the query says so, too.
         let of_month =
             "FROM public.sessions WHERE site_id = $1 AND created_month = $2 AND lead_score >= $3 AND lead_score >= 0";
         format!(

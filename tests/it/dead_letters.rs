@@ -12,6 +12,7 @@ use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use opsmantik::store::dead_letters::DeadLetter;
 use opsmantik::store::statement::STATEMENTS;
 use serde_json::{Value, json};
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::support::database::{Database, database};
@@ -225,6 +226,12 @@ async fn a_dry_run_tells_each_fate_and_changes_nothing() {
     }
     assert!(ended.stdout.contains("2 would be replayed"), "{}", ended.stdout);
     assert!(ended.stderr.contains("6 letters are chosen"), "{}", ended.stderr);
+    // What is left out is not counted.
+    let first = ids[0].to_string();
+    for (some, chosen) in [(&["--after", &first][..], 5), (&["--after", &first, "--limit", "2"], 2)] {
+        let ended = letters(&database, &[&["replay", "--dry-run", "--all"], some].concat()).await;
+        assert!(ended.stderr.contains(&format!("{chosen} letters are chosen")), "{some:?}: {}", ended.stderr);
+    }
     assert_eq!(state().await, before);
 }
 
@@ -376,15 +383,19 @@ async fn a_long_list_is_read_by_pages_counted_from_an_index_and_cut_off_without_
     let at = Utc::now();
     let nothing = (None::<Vec<Uuid>>, None::<Uuid>, None::<String>, None::<DateTime<Utc>>);
     let (ids, uuid, text, time) = (&nothing.0, &nothing.1, &nothing.2, &nothing.3);
-    for (name, index) in [
-        ("NEXT_DEAD_LETTERS", "Index Scan using dead_letters_to_replay"),
-        ("LIST_DEAD_LETTERS", "Index Scan Backward using dead_letters_"),
-        ("COUNT_DEAD_LETTERS", "Index Only Scan using dead_letters_"),
+    let (id, nowhere) = (Uuid::max(), None::<Uuid>);
+    let chosen: [&(dyn ToSql + Sync); 7] = [ids, uuid, text, text, time, time, &false];
+    let page: [&(dyn ToSql + Sync); 5] = [&true, &at, &id, &256i64, &1_000_000i64];
+    let (all, after): ([&(dyn ToSql + Sync); 2], [&(dyn ToSql + Sync); 2]) = ([time, &nowhere], [&at, &id]);
+    for (name, more, index) in [
+        ("NEXT_DEAD_LETTERS", &page[..], "Index Scan using dead_letters_to_replay"),
+        ("LIST_DEAD_LETTERS", &page[..4], "Index Scan Backward using dead_letters_"),
+        ("COUNT_DEAD_LETTERS", &all, "Index Only Scan using dead_letters_"),
+        ("COUNT_DEAD_LETTERS", &after, "Index Only Scan using dead_letters_"),
     ] {
         let statement = STATEMENTS.iter().find(|statement| statement.name == name).expect("it is registered");
-        let id = Uuid::max();
-        let values: [&(dyn tokio_postgres::types::ToSql + Sync); 12] =
-            [ids, uuid, text, text, time, time, &false, &true, &at, &id, &256i64, &1_000_000i64];
+        let values = [&chosen[..], more].concat();
+        assert_eq!(values.len(), statement.params.len(), "{name}");
         let typed: Vec<_> = values.into_iter().zip(statement.params.iter().cloned()).collect();
         let explain = format!("EXPLAIN {}", (statement.sql)());
         let plan = database.admin.query_typed(&explain, &typed).await.expect("it can be explained");

@@ -1,12 +1,20 @@
 //! QStash's door over real sockets: stored once, buried once, and told apart by status.
 
+use std::time::{Duration, Instant};
+
 use chrono::Utc;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::job::Job;
+use opsmantik::keeper::Nudge;
+use opsmantik::pipeline::{Pipeline, PipelineConfig, Pressure};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::app::{Answer, App, event};
+use crate::support::database::connect;
 use crate::support::events::Spec;
 
 #[tokio::test]
@@ -73,4 +81,54 @@ async fn what_can_never_be_stored_is_buried_once_and_does_not_come_again() {
     assert!(letters.iter().all(|letter| letter["source"] == "worker" && letter["tries"] == 2), "{letters:?}");
     assert_eq!(letters[3]["detail"], "`events[1].id` is required: a delivery can be repeated");
     assert_eq!(app.database.count("SELECT count(*) FROM events").await, 1, "the good half is stored");
+}
+
+#[tokio::test]
+async fn a_delivery_waits_for_room_that_browsers_have_not_but_not_for_ever() {
+    // Two events of deliveries have room, whatever they weigh.
+    let config = PipelineConfig {
+        writers: 1,
+        room_bytes: 64 << 10,
+        patient_room_bytes: 2 << 10,
+        patience: Duration::from_secs(30),
+        ..PipelineConfig::default()
+    };
+    let mut pipeline = None;
+    let app = App::start_with(0, |state| {
+        state.pipeline = Pipeline::start(state.store.clone(), Nudge::default(), config);
+        pipeline = Some(state.pipeline.clone());
+    });
+    let (app, pipeline) = (app.await, pipeline.expect("it was adapted"));
+    let mut sites = Vec::new();
+    for name in ["one", "two", "three"] {
+        sites.push(app.database.site(name).await.id);
+    }
+    // Somebody holds the table, so the writer cannot go on.
+    let blocker = connect(&app.database.url).await;
+    blocker.batch_execute("BEGIN; LOCK TABLE events IN SHARE MODE").await.expect("held");
+    let mut flood = JoinSet::new();
+    for id in 1..=300 {
+        let (pipeline, event) = (pipeline.clone(), Spec::new(id, "s", Utc::now()).event(sites[id as usize % 3]));
+        flood.spawn(async move { pipeline.submit(vec![event]).await });
+    }
+    let began = Instant::now();
+    while pipeline.pressure() != Pressure::Full {
+        assert!(began.elapsed() < Duration::from_secs(5), "the flood fills the room");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    let job = |id| Job::new(Spec::new(id, "s", Utc::now()).event(sites[0])).to_json().expect("a job");
+    let jobs = [1001, 1002, 1003].map(job);
+    let deliver = async |at: usize| (at, app.deliver(&jobs[at], "sig_current").await);
+    let mut answers: FuturesUnordered<_> = (0..3).map(deliver).collect();
+    let began = Instant::now();
+    let (late, answer) = answers.next().await.expect("an answer");
+    assert_eq!((answer.error(), answer.header("retry-after")), ((503, "busy", ""), Some("15")));
+    assert!(began.elapsed() > Duration::from_secs(4), "it waited, for {:?}", began.elapsed());
+    blocker.batch_execute("COMMIT").await.expect("released");
+    while let Some((_, answer)) = answers.next().await {
+        assert_eq!((answer.status, answer.body), (200, json!({"ok": true, "status": "stored"})));
+    }
+    assert_eq!(app.deliver(&jobs[late], "sig_current").await.body["status"], "stored", "it comes again");
+    flood.join_all().await;
 }

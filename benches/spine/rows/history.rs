@@ -27,19 +27,12 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
         let batches = grpc_load::batches(&bench.workload_after_past(4000 + round as u64).take(events));
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         for which in order {
-            let server = &servers[which];
+            let (server, side) = (&servers[which], if which == 0 { &mut full } else { &mut empty });
             databases[which].checkpoint().await?;
-            let before = server.meter().read()?;
-            let sent = grpc_load::ingest(server.grpc, &bench.ground.token, &batches, CALLERS).await?;
-            let side = if which == 0 { &mut full } else { &mut empty };
-            side.add(events, sent.seconds, server.meter().read()?.since(before));
-            side.again += sent.again;
+            let sending = grpc_load::ingest(server.grpc, &bench.ground.token, &batches, CALLERS);
+            super::measured(side, events, server, sending).await?;
         }
-        bench.say(format!(
-            "round {round} of {rounds}: {:.0} and {:.0} events/s",
-            full.rates[round - 1],
-            empty.rates[round - 1]
-        ));
+        bench.say_round(round, rounds, [&full, &empty]);
     }
     for (which, server) in servers.into_iter().enumerate() {
         let (stored, sent) = (databases[which].count("events").await? - before[which], WARM_UP + rounds * events);

@@ -8,6 +8,7 @@ use crate::ground::SITES;
 use crate::grpc_load::{self, BATCH};
 use crate::processes::Meter;
 use crate::report::{Bar, Line, Side};
+use crate::sent::Sent;
 use crate::workload::Workload;
 
 /// Callers of `Ingest` at once.
@@ -41,14 +42,13 @@ pub async fn measure(bench: &mut Bench, door: Door) -> anyhow::Result<Vec<Line>>
         grpc_load::ingest(server.grpc, token, &warm_up, CALLERS).await.with_context(|| server.log())?;
         from.checkpoint().await?;
 
-        let before = server.meter().read()?;
-        let sent = match door {
-            Door::Ingest => grpc_load::ingest(server.grpc, token, &messages, CALLERS).await,
-            Door::Stream => grpc_load::stream(server.grpc, token, &messages, STREAMS).await,
-        }
-        .with_context(|| server.log())?;
-        ours.add(events, sent.seconds, server.meter().read()?.since(before));
-        ours.again += sent.again;
+        let sending = async {
+            match door {
+                Door::Ingest => grpc_load::ingest(server.grpc, token, &messages, CALLERS).await,
+                Door::Stream => grpc_load::stream(server.grpc, token, &messages, STREAMS).await,
+            }
+        };
+        super::measured(&mut ours, events, &server, sending).await?;
         let stored = from.count("events").await?;
         ensure!(
             stored == events + 20 * BATCH,
@@ -60,7 +60,7 @@ pub async fn measure(bench: &mut Bench, door: Door) -> anyhow::Result<Vec<Line>>
 
         bench.say(format!("round {round} of {rounds}: COPY"));
         let reference = copy(&from, &to, meter).await?;
-        copied.add(reference.events, reference.seconds, reference.spent);
+        copied.add(reference.events, Sent { seconds: reference.seconds, again: 0 }, reference.spent);
         bench.ground.drop(from).await?;
         bench.ground.drop(to).await?;
     }

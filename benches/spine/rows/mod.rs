@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use anyhow::Context;
 use futures::future::BoxFuture;
 use opsmantik::dev::progress::{Progress, Step};
 
 use crate::ground::{Database, Ground, SITES};
-use crate::http_load::Volley;
+use crate::http_load::{Pace, Volley, fire};
 use crate::past::Past;
-use crate::report::Line;
+use crate::report::{Line, Side};
+use crate::sent::Sent;
 use crate::server::Server;
 use crate::workload::{Beat, Workload};
 
@@ -154,6 +156,12 @@ impl Bench {
         self.size(5, 2).max(1)
     }
 
+    /// Tells what the last round of both sides found.
+    pub fn say_round(&self, round: usize, rounds: usize, sides: [&Side; 2]) {
+        let [one, other] = sides.map(|side| side.rates.last().copied().unwrap_or_default());
+        self.say(format!("round {round} of {rounds}: {one:.0} and {other:.0} events/s"));
+    }
+
     pub async fn server(&self, database: &Database) -> anyhow::Result<Server> {
         let server = Server::start(&self.ground, database).await?;
         self.say(format!("server {} on {}", server.pid, database.name));
@@ -180,6 +188,24 @@ impl Bench {
     pub async fn end(self) -> anyhow::Result<()> {
         self.ground.end().await
     }
+}
+
+/// Sends events to a server, and adds what that took and cost to its side of the row.
+pub async fn measured(
+    side: &mut Side,
+    events: usize,
+    server: &Server,
+    sending: impl Future<Output = anyhow::Result<Sent>>,
+) -> anyhow::Result<()> {
+    let before = server.meter().read()?;
+    let sent = sending.await.with_context(|| server.log())?;
+    side.add(events, sent, server.meter().read()?.since(before));
+    Ok(())
+}
+
+/// Sends requests of one event each, as fast as they are answered; all of them are stored.
+pub async fn all_stored(server: &Server, volley: &Arc<Volley>, events: usize) -> anyhow::Result<Sent> {
+    Ok(fire(server.http, volley, CONNECTIONS, Pace::Closed).await?.all_stored(events)?.sent())
 }
 
 /// Requests of the tracker, one event each.

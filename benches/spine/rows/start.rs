@@ -7,12 +7,11 @@ use crate::report::{Bar, Line, median};
 use crate::workload::Workload;
 
 pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
-    let own = match &bench.laid {
-        Some(_) => None,
-        None => Some(bench.ground.database().await?),
+    let laid = bench.laid.clone();
+    let database = match &laid {
+        Some(laid) => laid.clone(),
+        None => bench.ground.database().await?,
     };
-    let database = own.clone().or_else(|| bench.laid.clone());
-    let Some(database) = database else { anyhow::bail!("there is no database") };
     let first = bench.server(&database).await?;
     let batches = grpc_load::batches(&Workload::new(9000, SITES).take(1000));
     grpc_load::ingest(first.grpc, &bench.ground.token, &batches, 1).await?;
@@ -23,13 +22,13 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
         seconds.push(server.ready_after.as_secs_f64());
         server.stop().await?;
     }
-    let what = match own {
-        Some(_) => "from start to ready on an existing database",
-        None => "from start to ready on the database with the history",
+    let what = match laid {
+        Some(_) => "from start to ready on the database with the history",
+        None => {
+            bench.ground.drop(database).await?;
+            "from start to ready on an existing database"
+        }
     };
-    if let Some(own) = own {
-        bench.ground.drop(own).await?;
-    }
     let most = seconds.iter().copied().fold(0.0, f64::max);
     let bar = Bar::AtMost { bar: 1.0, stretch: None };
     Ok(vec![Line::figure("start", what, "s", median(&seconds), Some(bar)).with("max_s", most)])

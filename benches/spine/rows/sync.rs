@@ -2,9 +2,8 @@
 
 use anyhow::ensure;
 
-use super::{Bench, CONNECTIONS, sync_volley};
+use super::{Bench, CONNECTIONS, all_stored, sync_volley};
 use crate::ground::SITES;
-use crate::http_load::{Pace, fire};
 use crate::report::{Bar, Line, Side};
 use crate::server::Server;
 use crate::workload::Workload;
@@ -18,23 +17,16 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
     bench.say(format!("servers {} (stores) and {} (answers)", server.pid, reference.pid));
     let warm_up = sync_volley(&Workload::new(1000, SITES).take(1000));
     for server in [&server, &reference] {
-        fire(server.http, &warm_up, CONNECTIONS, Pace::Closed).await?.all_stored(1000)?;
+        all_stored(server, &warm_up, 1000).await?;
     }
     for round in 1..=rounds {
         let volley = sync_volley(&Workload::new(round as u64, SITES).take(events));
         database.checkpoint().await?;
         // The same requests, to the one and to the other.
         for (server, side) in [(&server, &mut ours), (&reference, &mut answering)] {
-            let before = server.meter().read()?;
-            let answers = fire(server.http, &volley, CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
-            side.add(events, answers.seconds, server.meter().read()?.since(before));
-            side.again += answers.again;
+            super::measured(side, events, server, all_stored(server, &volley, events)).await?;
         }
-        bench.say(format!(
-            "round {round} of {rounds}: {:.0} and {:.0} events/s",
-            ours.rates[round - 1],
-            answering.rates[round - 1]
-        ));
+        bench.say_round(round, rounds, [&ours, &answering]);
     }
     let (stored, sent) = (database.count("events").await?, 1000 + rounds * events);
     ensure!(stored == sent, "{stored} of {sent} events are stored: {}", server.log());

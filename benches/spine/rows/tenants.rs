@@ -2,10 +2,9 @@
 
 use anyhow::ensure;
 
-use super::{Bench, CONNECTIONS, sync_volley};
+use super::{Bench, all_stored, sync_volley};
 use crate::ground::{SITES, add_sites};
 use crate::grpc_load;
-use crate::http_load::{Pace, fire};
 use crate::report::{Bar, Line, Side};
 use crate::workload::{Workload, one_of_each};
 
@@ -26,17 +25,10 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
             let sites = if which == 0 { sites } else { 1 };
             let volley = sync_volley(&Workload::new(6000 + round as u64, sites).take(events));
             databases[which].checkpoint().await?;
-            let before = servers[which].meter().read()?;
-            let answers = fire(servers[which].http, &volley, CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
-            let side = if which == 0 { &mut many } else { &mut one };
-            side.add(events, answers.seconds, servers[which].meter().read()?.since(before));
-            side.again += answers.again;
+            let (server, side) = (&servers[which], if which == 0 { &mut many } else { &mut one });
+            super::measured(side, events, server, all_stored(server, &volley, events)).await?;
         }
-        bench.say(format!(
-            "round {round} of {rounds}: {:.0} and {:.0} events/s",
-            many.rates[round - 1],
-            one.rates[round - 1]
-        ));
+        bench.say_round(round, rounds, [&many, &one]);
     }
     for (server, database) in servers.into_iter().zip(databases) {
         let (stored, sent) = (database.count("events").await?, bench.size(10_000, 1_000) + rounds * events);

@@ -14,9 +14,9 @@ use opsmantik::http::wire::{self, Body};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::{Bench, CONNECTIONS, sync_volley};
+use super::{Bench, CONNECTIONS, all_stored, sync_volley};
 use crate::ground::{SITES, site_id};
-use crate::http_load::{Pace, Volley, fire};
+use crate::http_load::Volley;
 use crate::report::{Bar, Line, Side};
 use crate::server::{PUBLIC_URL, SIGNING_KEY};
 use crate::workload::{Beat, Workload};
@@ -27,8 +27,8 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
     let database = bench.ground.database().await?;
     let server = bench.server(&database).await?;
     let warm_up = Workload::new(3000, SITES).take(2000);
-    fire(server.http, &sync_volley(&warm_up[..1000]), CONNECTIONS, Pace::Closed).await?.all_stored(1000)?;
-    fire(server.http, &deliveries(&warm_up[1000..])?, CONNECTIONS, Pace::Closed).await?.all_stored(1000)?;
+    all_stored(&server, &sync_volley(&warm_up[..1000]), 1000).await?;
+    all_stored(&server, &deliveries(&warm_up[1000..])?, 1000).await?;
     for round in 1..=rounds {
         let mut workload = Workload::new(3000 + round as u64, SITES);
         let volleys = [deliveries(&workload.take(events))?, sync_volley(&workload.take(events))];
@@ -36,17 +36,10 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         for which in order {
             database.checkpoint().await?;
-            let before = server.meter().read()?;
-            let answers = fire(server.http, &volleys[which], CONNECTIONS, Pace::Closed).await?.all_stored(events)?;
             let side = if which == 0 { &mut delivered } else { &mut inline };
-            side.add(events, answers.seconds, server.meter().read()?.since(before));
-            side.again += answers.again;
+            super::measured(side, events, &server, all_stored(&server, &volleys[which], events)).await?;
         }
-        bench.say(format!(
-            "round {round} of {rounds}: {:.0} and {:.0} events/s",
-            delivered.rates[round - 1],
-            inline.rates[round - 1]
-        ));
+        bench.say_round(round, rounds, [&delivered, &inline]);
     }
     let (stored, sent) = (database.count("events").await?, 2000 + 2 * rounds * events);
     ensure!(stored == sent, "{stored} of {sent} events are stored: {}", server.log());

@@ -63,7 +63,7 @@ impl Graves {
 
 #[async_trait]
 impl Undertaker for Graves {
-    async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError> {
+    async fn keep(&self, letter: &DeadLetter) -> Result<(), StoreError> {
         if let Some(event) = letter.site_id.zip(letter.event_id) {
             self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(event, letter.detail.clone());
         }

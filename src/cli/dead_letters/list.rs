@@ -41,7 +41,7 @@ impl List {
         let store = self.database.store().await?;
         let chosen = Chosen { replayed_too: !self.not_replayed, ..self.filter.chosen() };
         if self.count {
-            let counts = store.count_dead_letters(&chosen).await?;
+            let counts = store.count_dead_letters(&chosen, None).await?;
             return if self.json { print_json(&counts) } else { counts.iter().try_for_each(print_count) };
         }
         let mut place = match self.after {

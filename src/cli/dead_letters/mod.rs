@@ -4,9 +4,8 @@ use anyhow::{Context, bail};
 use chrono::{DateTime, NaiveDate, NaiveTime, TimeDelta, Utc};
 use clap::Subcommand;
 
-use super::Database;
 use super::output::print_json;
-use super::token::time;
+use super::{Database, duration};
 use crate::domain::id::{DeadLetterId, SiteId};
 use crate::domain::outcome::DeathReason;
 use crate::store::dead_letters::Chosen;
@@ -48,7 +47,7 @@ struct Filter {
     /// Only of this reason
     #[arg(long, value_parser = DeathReason::ALL.map(DeathReason::code))]
     reason: Option<String>,
-    /// Only those that died there: `worker`, `pipeline`, `calls`
+    /// Only those that died there: `worker`, `nats`, `pipeline`, `calls`
     #[arg(long)]
     source: Option<String>,
     /// Only those that died at or after this: `2026-11-01`, `2026-11-01T10:30:00Z`, or so long ago: `90m`, `12h`, `7d`
@@ -70,7 +69,7 @@ impl Filter {
 fn moment(text: &str) -> anyhow::Result<DateTime<Utc>> {
     let wrong =
         "neither a day such as 2026-11-01, nor a moment such as 2026-11-01T10:30:00Z, nor a time ago such as 12h";
-    if let Some(ago) = time(text).and_then(|ago| TimeDelta::from_std(ago).ok()) {
+    if let Some(ago) = duration::read(text).and_then(|ago| TimeDelta::from_std(ago).ok()) {
         return Utc::now().checked_sub_signed(ago).context(wrong);
     }
     match NaiveDate::parse_from_str(text.trim(), "%Y-%m-%d") {

@@ -6,7 +6,7 @@
 use anyhow::{Context, bail};
 use clap::ArgGroup;
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::Filter;
@@ -113,8 +113,9 @@ impl Replay {
             let letter = store.find_dead_letter(id).await?;
             after = Some(letter.with_context(|| format!("--after: there is no dead letter {id}"))?.place());
         }
-        let counts = store.count_dead_letters(&chosen).await?;
-        let total = counts.iter().map(|count| u64::try_from(count.letters).unwrap_or_default()).sum();
+        let counts = store.count_dead_letters(&chosen, after).await?;
+        let there: i64 = counts.iter().map(|count| count.letters).sum();
+        let total = there.min(self.limit.unwrap_or(i64::MAX)).unsigned_abs();
         let summary = Summary { dry_run: self.dry_run, skipped, ..Summary::default() };
         let mut run = Run { replay: &self, chosen, summary, progress: Progress::of(total), voice: Voice::default() };
         let replayer = Replayer::start(store.clone(), config);
@@ -284,19 +285,23 @@ struct Stop {
 
 impl Stop {
     fn by_signals() -> anyhow::Result<Self> {
-        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let mut signals = [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?];
         let stop = Self::default();
         let asked = stop.clone();
         tokio::spawn(async move {
-            for token in [asked.soon, asked.now] {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
-                token.cancel();
-                note!("stopping after the letters that are being replayed; once more stops at once");
-            }
+            either(&mut signals).await;
+            asked.soon.cancel();
+            note!("stopping after the letters that are being replayed; once more stops at once");
+            either(&mut signals).await;
+            asked.now.cancel();
         });
         Ok(stop)
+    }
+}
+
+async fn either([interrupt, terminate]: &mut [Signal; 2]) {
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
     }
 }

@@ -22,7 +22,8 @@ use super::{NatsConfig, Status};
 /// The consumer that all workers share.
 pub(super) const CONSUMER: &str = "workers";
 /// An event that its worker has not acknowledged within this time goes to another: so long do the events of a worker wait that was killed. A
-/// worker that lives and needs longer says so several times in between; were it too late with that, the event would be stored twice, as once.
+/// worker that lives and needs longer says so several times in between; if that came too late, another worker would store the event again, which
+/// changes nothing.
 pub(super) const ACK_WAIT: Duration = Duration::from_secs(5);
 /// Events under way at all workers together: what each takes at once, times sixteen. No more are handed out until some are stored.
 const MAX_ACK_PENDING: i64 = 16 * super::worker::AT_ONCE as i64;

@@ -20,7 +20,7 @@ use super::{ANSWER, Nats, Status};
 use crate::directory::Directory;
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::pipeline::Pipeline;
-use crate::queue::delivery::{self, Corpse};
+use crate::queue::corpse::read_job;
 use crate::store::Store;
 use crate::telemetry;
 
@@ -232,24 +232,20 @@ impl Worker {
     }
 
     async fn settle(&self, message: &Message) -> Deed {
-        let settled = match self.store(&message.payload).await {
-            Ok(Ok(outcome)) => Ok(outcome),
-            Ok(Err(corpse)) => corpse.bury(&self.store, "nats", &message.payload, Utc::now()).await.map(Outcome::Dead),
-            Err(unavailable) => Err(unavailable),
+        let (payload, now) = (&message.payload, Utc::now());
+        let settled = match read_job(&self.directory, payload, now).await {
+            Ok(Ok(event)) => match self.pipeline.take_when_room(event).await {
+                Ok(taken) => Ok(taken.outcome().await),
+                Err(why) => Err(why),
+            },
+            Ok(Err(corpse)) => corpse.bury(&self.store, "nats", payload, now).await.map(Outcome::Dead),
+            Err(why) => Err(why),
         };
         match settled {
             Ok(Outcome::Stored(_) | Outcome::Duplicate(_)) => Deed::Stored,
             // The pipeline buries before it says so.
             Ok(Outcome::Dead(_)) => Deed::Buried,
             Ok(Outcome::Unavailable(why)) | Err(why) => Deed::Again(why),
-        }
-    }
-
-    async fn store(&self, payload: &[u8]) -> Result<Result<Outcome, Corpse>, Unavailable> {
-        let Ok(text) = std::str::from_utf8(payload) else { return Ok(Err(Corpse::malformed("it is no UTF-8"))) };
-        match delivery::read_job(&self.directory, text, Utc::now()).await? {
-            Ok(event) => Ok(Ok(self.pipeline.take_when_room(event).await?.outcome().await)),
-            Err(corpse) => Ok(Err(corpse)),
         }
     }
 }

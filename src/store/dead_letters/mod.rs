@@ -54,14 +54,15 @@ crate::statement!(
     /// Named and typed columns only, so that an index answers.
     COUNT_DEAD_LETTERS,
     Months::None,
-    [UUID_ARRAY, UUID, TEXT, TEXT, TIMESTAMPTZ, TIMESTAMPTZ, BOOL],
+    [UUID_ARRAY, UUID, TEXT, TEXT, TIMESTAMPTZ, TIMESTAMPTZ, BOOL, TIMESTAMPTZ, UUID],
     format!(
         "SELECT reason, count(*), count(*) FILTER (WHERE replayed_at IS NULL), min(created_at), max(created_at) \
-         FROM public.dead_letters WHERE {IS_CHOSEN} GROUP BY reason ORDER BY reason"
+         FROM public.dead_letters WHERE {IS_CHOSEN} AND ($8 IS NULL OR (created_at, id) > ($8, $9)) \
+         GROUP BY reason ORDER BY reason"
     )
 );
 
-/// Longest payload that is kept, in bytes: one more than any body that a door takes.
+/// Longest payload that is kept, in bytes: as much as the largest delivery that QStash brings.
 const MAX_PAYLOAD: usize = 1 << 20;
 
 /// Something that died.
@@ -70,7 +71,7 @@ pub struct DeadLetter {
     pub id: DeadLetterId,
     pub site_id: Option<SiteId>,
     pub event_id: Option<EventId>,
-    /// Which door it came through: `worker`, `pipeline`, `calls`.
+    /// Which door it came through: `worker`, `nats`, `pipeline`, `calls`.
     pub source: &'static str,
     pub reason: DeathReason,
     /// What exactly was wrong, for the engineer.
@@ -158,13 +159,14 @@ pub struct Count {
 #[async_trait]
 pub trait Undertaker: Send + Sync {
     /// Once this returns, the letter is safe.
-    async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError>;
+    async fn keep(&self, letter: &DeadLetter) -> Result<(), StoreError>;
 }
 
 #[async_trait]
 impl Undertaker for Store {
-    async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError> {
-        Self::bury(self, letter).await?;
+    /// Buries it, and says so.
+    async fn keep(&self, letter: &DeadLetter) -> Result<(), StoreError> {
+        self.bury(letter).await?;
         let event = letter.event_id.map(tracing::field::display);
         let site = letter.site_id.map(tracing::field::display);
         tracing::warn!(
@@ -199,7 +201,7 @@ fn read(row: &Row) -> Result<BuriedLetter, StoreError> {
 }
 
 impl Store {
-    /// Keeps what died. Once this returns it is durable.
+    /// Puts what died into the table. Once this returns it is durable.
     pub async fn bury(&self, letter: &DeadLetter) -> Result<(), StoreError> {
         let tx = self.begin(Purpose::Serve).await?;
         tx.query(
@@ -242,10 +244,13 @@ impl Store {
         Ok(self.list_dead_letters(&chosen, None, true, 1).await?.pop())
     }
 
-    /// How many letters are chosen, by reason.
-    pub async fn count_dead_letters(&self, chosen: &Chosen) -> Result<Vec<Count>, StoreError> {
+    /// How many letters are chosen, or how many of those buried after the one at `after`, by reason.
+    pub async fn count_dead_letters(&self, chosen: &Chosen, after: Option<Place>) -> Result<Vec<Count>, StoreError> {
+        let (bound, after) = (Bound::of(chosen), after.map(|place| (place.buried_at, place.id.as_uuid())));
+        let (buried_at, id) = after.unzip();
+        let more: [&(dyn ToSql + Sync); 2] = [&buried_at, &id];
         let tx = self.begin(Purpose::Operate).await?;
-        let rows = tx.query(&COUNT_DEAD_LETTERS, &Bound::of(chosen).params(chosen)).await?;
+        let rows = tx.query(&COUNT_DEAD_LETTERS, &[&bound.params(chosen)[..], &more].concat()).await?;
         tx.commit().await?;
         let read = |row: &Row| -> Result<Count, tokio_postgres::Error> {
             Ok(Count {

@@ -1,4 +1,4 @@
-//! What a queue brings: our own [`Job`]s, and what of a delivery can never be stored.
+//! What a queue brings and what can never be stored of it: a [`Corpse`], which is buried in `dead_letters` with the whole delivery.
 
 use chrono::{DateTime, Utc};
 
@@ -60,9 +60,10 @@ impl Corpse {
 /// The event of a job, if it is one and its site exists.
 pub(crate) async fn read_job(
     directory: &Directory,
-    text: &str,
+    bytes: &[u8],
     arrived_at: DateTime<Utc>,
 ) -> Result<Result<Event, Corpse>, Unavailable> {
+    let Ok(text) = std::str::from_utf8(bytes) else { return Ok(Err(Corpse::malformed("it is no UTF-8"))) };
     let event = match Job::event_from_json(text, arrived_at) {
         // What lay in the future then, may not any more.
         Err(NotAJob::FromTheFuture) => Job::event_from_json(text, Utc::now()),

@@ -11,14 +11,14 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-pub(super) struct Reading<S> {
+pub(super) struct WriteLimit<S> {
     stream: S,
     patience: Duration,
     /// Set while nothing can be written.
     ends: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Reading<S> {
+impl<S> WriteLimit<S> {
     pub(super) fn new(stream: S, patience: Duration) -> Self {
         Self { stream, patience, ends: None }
     }
@@ -34,13 +34,13 @@ impl<S> Reading<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Reading<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for WriteLimit<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Reading<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteLimit<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.watched(cx, written)
@@ -76,7 +76,7 @@ mod tests {
     #[tokio::test]
     async fn who_reads_slowly_is_served_and_who_does_not_read_is_left() {
         let (near, mut far) = tokio::io::duplex(64);
-        let mut near = Reading::new(near, Duration::from_millis(200));
+        let mut near = WriteLimit::new(near, Duration::from_millis(200));
         let reading = tokio::spawn(async move {
             let mut had = 0;
             while had < 640 {

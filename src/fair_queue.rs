@@ -241,5 +241,5 @@ fn signed(weight: usize) -> i64 {
 }
 
 #[cfg(test)]
-#[path = "queue_tests.rs"]
+#[path = "fair_queue_tests.rs"]
 mod tests;
