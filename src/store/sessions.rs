@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use tokio_postgres::types::{Json, ToSql};
 use uuid::Uuid;
 
-use super::columns::{self, Lenient, Unreadable};
+use super::columns::{self, Lenient, Ordered, Unreadable};
 use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
@@ -209,14 +209,16 @@ pub async fn load(
     let [first, second, third] = months.map(Month::first_day);
     let (sites, ids): (Vec<Uuid>, Vec<Uuid>) = ids.iter().map(|(site, id)| (site.as_uuid(), id.as_uuid())).unzip();
     let rows = tx.query(&LOAD_SESSIONS, &[&first, &second, &third, &sites, &ids]).await?;
-    rows.iter().map(|row| read(row).map_err(|error| StoreError::unreadable(LOAD_SESSIONS.name, error))).collect()
+    rows.iter()
+        .map(|row| read(&Ordered::from(row)).map_err(|error| StoreError::unreadable(LOAD_SESSIONS.name, error)))
+        .collect()
 }
 
 /// One session by its key.
 pub async fn find(tx: &Transaction<'_>, key: SessionKey) -> Result<Option<Session>, StoreError> {
     let params: [&(dyn ToSql + Sync); 3] = [&key.site_id.as_uuid(), &key.month.first_day(), &key.id.as_uuid()];
     let rows = tx.query(&FIND_SESSION, &params).await?;
-    let session = rows.first().map(read).transpose();
+    let session = rows.first().map(|row| read(&Ordered::from(row))).transpose();
     session.map_err(|error| StoreError::unreadable(FIND_SESSION.name, error))
 }
 
@@ -226,7 +228,9 @@ pub async fn load_keys(tx: &Transaction<'_>, site: SiteId, keys: &[SessionKey]) 
     let months: Vec<chrono::NaiveDate> = keys.iter().map(|key| key.month.first_day()).collect();
     let ids: Vec<Uuid> = keys.iter().map(|key| key.id.as_uuid()).collect();
     let rows = tx.query(&LOAD_SESSIONS_BY_KEY, &[&site.as_uuid(), &from, &to, &months, &ids]).await?;
-    rows.iter().map(|row| read(row).map_err(|error| StoreError::unreadable(LOAD_SESSIONS_BY_KEY.name, error))).collect()
+    rows.iter()
+        .map(|row| read(&Ordered::from(row)).map_err(|error| StoreError::unreadable(LOAD_SESSIONS_BY_KEY.name, error)))
+        .collect()
 }
 
 /// Writes what calls raise, with the signals and the score that follow from it. The caller has closed the site's gate.

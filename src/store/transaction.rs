@@ -1,7 +1,7 @@
 //! The one way to the database: a short transaction under a role of our own.
 //!
 //! Whatever role logs in, a transaction first takes the role of its [`Purpose`], which owns nothing and bypasses nothing. Roles and bounds
-//! are set with `SET LOCAL`, and what is prepared on the server is only where no pooler stands between (see [`super::direct`]). A transaction that is
+//! are set with `SET LOCAL`, and what is prepared on the server is only where no pooler stands between (`direct.rs`). A transaction that is
 //! dropped before its end takes its connection with it: nothing half done ever returns to the pool. If a statement of it still runs, because
 //! the caller's deadline passed or they hung up, the server is asked to stop it.
 

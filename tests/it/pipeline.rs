@@ -81,7 +81,7 @@ struct Clumsy;
 
 #[async_trait::async_trait]
 impl Undertaker for Clumsy {
-    async fn bury(&self, _: &DeadLetter) -> Result<(), StoreError> {
+    async fn keep(&self, _: &DeadLetter) -> Result<(), StoreError> {
         panic!("this one drops letters");
     }
 }
