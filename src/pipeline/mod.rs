@@ -7,9 +7,10 @@
 //!                      full: wait
 //! ```
 //!
-//! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Two
-//! batches are written beside each other, each with half of the sites that have something, so that one is understood while the database works
-//! on the other; a third begins when it is full, or after a moment. The rooms are counted in bytes, so memory stays flat.
+//! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Where
+//! there is enough for two, they are written beside each other, each with half of the sites that have something, so that one is understood
+//! while the database works on the other; a third begins when it is full, or after a moment (`tempo.rs`). The rooms are counted in bytes, so
+//! memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
 //! Sites share it fairly. Each has a lane of its own (`fair_queue.rs`) in which events keep the order of their coming, and gets its turn in
@@ -35,6 +36,7 @@ use crate::telemetry;
 use waiting::WaitingRoom;
 
 mod batch;
+mod locked;
 mod room;
 mod tempo;
 mod waiting;
@@ -118,9 +120,9 @@ impl Pipeline {
     pub fn start_with(store: Store, keeper: Nudge, undertaker: Arc<dyn Undertaker>, config: PipelineConfig) -> Self {
         let room = Arc::new(WaitingRoom::new(config));
         let pipeline = Self { room: room.clone(), writers: TaskTracker::new(), closing: CancellationToken::new() };
+        let writer = writer::Writer::new(store, keeper, undertaker, config);
         for _ in 0..config.writers.max(1) {
-            let writer = writer::Writer::new(store.clone(), keeper.clone(), undertaker.clone(), config);
-            pipeline.writers.spawn(write_until_closed(writer, room.clone()));
+            pipeline.writers.spawn(write_until_closed(writer.clone(), room.clone()));
         }
         pipeline.writers.spawn(sweep(room, config.patience * 3 / 4, pipeline.closing.clone()));
         pipeline.writers.close();

@@ -1,17 +1,22 @@
 //! When the next batch is due, and how many events it may have.
 //!
-//! So many batches are written beside each other without delay; a further one gathers for a moment, or until it is full. Batches that come near
-//! the end of the patience become smaller.
+//! The first begins at once. One beside it begins as soon as it is worthwhile, and no later than a moment after: a batch costs the database as
+//! much as some thirty events, so what comes in a few at a time is better written together. With [`ABREAST`] of them a further one gathers a
+//! little longer, or until it is full. Batches that come near the end of the patience become smaller.
 
 use std::time::{Duration, Instant};
 
 use super::PipelineConfig;
 use crate::fair_queue::Load;
 
-/// So many batches are written beside each other without delay, each with its share of the sites that have something.
+/// Up to so many batches are written beside each other without waiting until one is full, each with its share of the sites that have something.
 pub(super) const ABREAST: usize = 2;
-/// While these are being written, the next one gathers for this long, unless it is full before. Half as many batches of twice the size cost the
-/// database far less; where it is far away, its writers still overlap.
+/// So many events are worth a batch beside another.
+pub(super) const WORTHWHILE: usize = 64;
+/// So long fewer of them wait for others, unless nothing is being written.
+pub(super) const MOMENT: Duration = Duration::from_millis(10);
+/// So long a batch gathers beyond those abreast, unless it is full before. Half as many batches of twice the size cost the database far
+/// less; where it is far away, its writers still overlap.
 pub(super) const GATHERING: Duration = Duration::from_millis(20);
 /// However slow the database is, a batch has room for so many events.
 const SMALLEST_BATCH: usize = 16;
@@ -86,13 +91,22 @@ impl Tempo {
 
     /// When the next batch is to be taken, of what may be written.
     pub fn due(&self, ready: Load, closed: bool) -> Due {
-        match self.gathering {
-            None => Due::Never,
-            Some(_) if closed || self.writing < ABREAST => Due::Now,
-            Some(_) if ready.items >= self.batch || ready.weight >= self.config.batch_bytes => Due::Now,
-            Some(since) if since.elapsed() >= GATHERING => Due::Now,
-            Some(since) => Due::At(since + GATHERING),
+        let Some(since) = self.gathering else { return Due::Never };
+        let (enough, patience) = match self.writing {
+            0 => return Due::Now,
+            1..ABREAST => (WORTHWHILE.min(self.batch), MOMENT),
+            _ => (self.batch, GATHERING),
+        };
+        if closed || ready.items >= enough || ready.weight >= self.config.batch_bytes || since.elapsed() >= patience {
+            Due::Now
+        } else {
+            Due::At(since + patience)
         }
+    }
+
+    /// Of how many of so many sites a batch takes something: half of them go into the one beside it, if there is enough for two.
+    pub fn share(&self, ready: Load, sites: usize) -> usize {
+        if ready.items < ABREAST * WORTHWHILE.min(self.batch) { sites } else { sites.div_ceil(ABREAST) }
     }
 
     /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as

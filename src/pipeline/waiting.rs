@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use super::room::Room;
-use super::tempo::{ABREAST, Due, Tempo, Written};
+use super::tempo::{Due, Tempo, Written};
 use super::{PipelineConfig, Pressure};
 use crate::domain::event::Event;
 use crate::domain::id::SiteId;
@@ -188,7 +188,11 @@ impl WaitingRoom {
             let counted = inside.patient.counted(weight);
             let waiting = Waiting { event, counted, since: Instant::now(), patient: true, answer };
             if inside.asking.is_empty() && inside.patient.fits(counted) {
+                let gathers_anew = !inside.tempo.gathers();
                 inside.seat(waiting);
+                if gathers_anew || inside.due() == Due::Now {
+                    self.bell.notify_one();
+                }
                 None
             } else {
                 let counted = inside.asking_room.counted(weight);
@@ -201,9 +205,8 @@ impl WaitingRoom {
                 Some(heard)
             }
         };
-        match taken {
-            None => self.bell.notify_one(),
-            Some(heard) => heard.await.map_err(|_| Unavailable::Stopping)?,
+        if let Some(heard) = taken {
+            heard.await.map_err(|_| Unavailable::Stopping)?;
         }
         Ok(receiver)
     }
@@ -242,7 +245,7 @@ impl WaitingRoom {
 
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
         let (mut taken, mut bytes, mut sites, mut visits) = (Vec::new(), 0, BTreeSet::new(), HashSet::new());
-        let (share, mut aside) = (inside.queue.lanes().div_ceil(ABREAST), Vec::new());
+        let (share, mut aside) = (inside.tempo.share(inside.queue.ready(), inside.queue.lanes()), Vec::new());
         let most = inside.tempo.batch();
         let room = |events: usize, bytes: usize, visits: usize| {
             events < most && visits < self.config.batch_visits && bytes < self.config.batch_bytes

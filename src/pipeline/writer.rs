@@ -1,10 +1,11 @@
 //! One writer: takes a batch, makes every event durable or says why not.
 //!
 //! A batch is written in one transaction a month of arrival. Conflicts and lost connections are tried again within the patience. A batch that
-//! PostgreSQL refuses is halved until the poisonous event stands alone; that one goes to `dead_letters`, its neighbours are stored. Months that
-//! have no partition yet are made on the way, within bounds.
+//! PostgreSQL refuses is halved until the poisonous event stands alone; that one goes to `dead_letters`, its neighbours are stored. One that
+//! waits for somebody's lock is parted until the visit that is locked stands alone; that one has to come again ([`super::locked`]). Months
+//! that have no partition yet are made on the way, within bounds.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use tokio::time::timeout_at;
 
 use super::PipelineConfig;
 use super::batch;
+use super::locked::{LockedVisits, Visit};
 use crate::calls;
 use crate::domain::event::Event;
 use crate::domain::id::{DeadLetterId, SiteId};
@@ -46,6 +48,7 @@ pub(super) struct Writer {
     store: Store,
     keeper: Nudge,
     undertaker: Arc<dyn Undertaker>,
+    locked: Arc<LockedVisits>,
     config: PipelineConfig,
 }
 
@@ -54,7 +57,7 @@ type Group = Vec<(usize, Event)>;
 
 impl Writer {
     pub(super) fn new(store: Store, keeper: Nudge, undertaker: Arc<dyn Undertaker>, config: PipelineConfig) -> Self {
-        Self { store, keeper, undertaker, config }
+        Self { store, keeper, undertaker, locked: Arc::default(), config }
     }
 
     /// One outcome an event, in the order of `events`, the oldest of which came in at `since`.
@@ -64,6 +67,9 @@ impl Writer {
         let mut outcomes = vec![Outcome::Unavailable(Unavailable::Database); events.len()];
         let mut by_month: BTreeMap<Month, Group> = BTreeMap::new();
         for (place, event) in events.into_iter().enumerate() {
+            if self.locked.contains(visit(&event)) {
+                continue;
+            }
             by_month.entry(event.arrival_month()).or_default().push((place, event));
         }
         // From when the oldest came in: whoever waited behind batches that lost their patience does not wait for as long once more.
@@ -76,7 +82,7 @@ impl Writer {
         outcomes
     }
 
-    /// Writes a group, halving it around what the database refuses.
+    /// Writes a group, taking it apart around what the database refuses and what somebody has locked.
     async fn settle(
         &self,
         group: Group,
@@ -85,23 +91,37 @@ impl Writer {
         asked_for: &mut BTreeSet<Month>,
         outcomes: &mut [Outcome],
     ) {
-        let mut groups = vec![group];
-        while let Some(mut group) = groups.pop() {
+        let mut any_stored = false;
+        let mut groups = VecDeque::from([group]);
+        while let Some(mut group) = groups.pop_front() {
             let written = self.write_patiently(&group, since, deadline).await;
             match written {
                 Ok(results) => {
+                    any_stored = true;
                     self.store.wrote();
                     for ((place, _), outcome) in group.iter().zip(results) {
                         outcomes[*place] = outcome;
                     }
                 }
+                Err(error) if error.is_locked_out() => match part(group) {
+                    Parted::Visits(parts) => groups.extend(parts),
+                    // Others are stored, so this visit is what is locked.
+                    Parted::One(visit, _) if any_stored => {
+                        tracing::warn!(%error, site.id = %visit.0, session.id = %visit.1, "somebody has locked a visit: its events have to come again");
+                        self.locked.add(visit);
+                    }
+                    Parted::One(_, group) => {
+                        tokio::time::sleep(conflict_pause()).await;
+                        groups.push_back(group);
+                    }
+                },
                 Err(error) => match (error.fault, group.len()) {
                     (Fault::MissingPartition, _) if self.make_months(&group, asked_for, deadline).await => {
-                        groups.push(group);
+                        groups.push_back(group);
                     }
                     (Fault::Refused | Fault::UnknownSite | Fault::MissingPartition, 2..) => {
-                        groups.push(group.split_off(group.len() / 2));
-                        groups.push(group);
+                        groups.push_back(group.split_off(group.len() / 2));
+                        groups.push_back(group);
                     }
                     (fault, _) => {
                         for (place, event) in group {
@@ -134,9 +154,10 @@ impl Writer {
                 Err(_) => return Err(StoreError::too_slow("write batch")),
             };
             let pause = match error.fault {
+                Fault::Conflict if error.is_locked_out() => return Err(error),
                 Fault::Conflict if conflicts < CONFLICT_TRIES => {
                     conflicts += 1;
-                    Duration::from_millis(rand::random_range(1..=10))
+                    conflict_pause()
                 }
                 Fault::Away => match pauses.next() {
                     Some(pause) if since.elapsed() + *pause < RETRY_WITHIN => *pause,
@@ -249,4 +270,43 @@ impl Writer {
             }
         }
     }
+}
+
+fn conflict_pause() -> Duration {
+    Duration::from_millis(rand::random_range(1..=10))
+}
+
+/// Parts of a group that is taken apart by its visits.
+const PARTS: usize = 8;
+
+/// A group by its visits.
+enum Parted {
+    Visits(Vec<Group>),
+    One(Visit, Group),
+}
+
+fn visit(event: &Event) -> Visit {
+    (event.site_id, event.session_id)
+}
+
+fn part(group: Group) -> Parted {
+    let mut by_visit: BTreeMap<Visit, Group> = BTreeMap::new();
+    for (place, event) in group {
+        by_visit.entry(visit(&event)).or_default().push((place, event));
+    }
+    if by_visit.len() < 2
+        && let Some(one) = by_visit.pop_first()
+    {
+        return Parted::One(one.0, one.1);
+    }
+    let visits: Vec<Group> = by_visit.into_values().collect();
+    let size = visits.len().div_ceil(PARTS);
+    let mut parts: Vec<Group> = Vec::with_capacity(PARTS);
+    for (at, visit) in visits.into_iter().enumerate() {
+        match parts.last_mut() {
+            Some(part) if at % size != 0 => part.extend(visit),
+            _ => parts.push(visit),
+        }
+    }
+    Parted::Visits(parts)
 }

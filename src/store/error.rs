@@ -60,8 +60,7 @@ impl StoreError {
 
     /// Whether the database answers, but nobody has migrated it yet, or not far enough for this program.
     pub fn is_missing_schema(&self) -> bool {
-        let error = self.source.as_ref().and_then(|source| source.downcast_ref::<tokio_postgres::Error>());
-        error.and_then(|error| error.code()).is_some_and(|code| no_schema(self.operation, code))
+        self.code().is_some_and(|code| no_schema(self.operation, code))
     }
 
     /// Whether a look at the database tells of it, too: it is not there, or takes no writes and says so. It does not tell of a full disk, a
@@ -78,6 +77,15 @@ impl StoreError {
             }
             None => true,
         }
+    }
+
+    /// Whether somebody held a lock for longer than is waited.
+    pub fn is_locked_out(&self) -> bool {
+        self.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
+    }
+
+    fn code(&self) -> Option<&SqlState> {
+        self.source.as_ref()?.downcast_ref::<tokio_postgres::Error>()?.code()
     }
 
     pub(super) fn away(operation: &'static str, why: impl fmt::Display) -> Self {

@@ -22,7 +22,8 @@ use crate::telemetry;
 /// What a transaction is for: decides its role and its bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Doors and pipeline. Foreign keys are checked at the commit, so events may come before their session.
+    /// Doors and pipeline. Foreign keys are checked at the commit, so events may come before their session. Locks are waited for briefly, since
+    /// others wait behind: whoever is locked out tries again, or another part.
     Serve,
     /// The partition keeper: waits for locks only briefly.
     Keep,
@@ -63,7 +64,7 @@ impl Purpose {
             }
             Self::Serve => {
                 "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'; \
-                 SET LOCAL lock_timeout = '4s'; SET LOCAL idle_in_transaction_session_timeout = '15s'; SET CONSTRAINTS ALL DEFERRED"
+                 SET LOCAL lock_timeout = '1s'; SET LOCAL idle_in_transaction_session_timeout = '15s'; SET CONSTRAINTS ALL DEFERRED"
             }
             Self::Keep => {
                 "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '15s'; \

@@ -76,6 +76,37 @@ async fn an_event_of_a_site_that_is_gone_dies_with_that_reason() {
     assert!(matches!(outcomes[1], Outcome::Stored(_)));
 }
 
+#[tokio::test]
+async fn a_visit_that_somebody_has_locked_holds_up_nobody_else() {
+    let database = database().await;
+    let site = database.site("held").await.id;
+    let pipeline = start(&database.store, PipelineConfig::default());
+    let event = |id: u32, visit: &str| Spec::new(id, visit, Utc::now()).event(site);
+    assert!(matches!(pipeline.submit(vec![event(1, "locked")]).await[0], Outcome::Stored(_)));
+    let person = crate::support::database::connect(&database.url).await;
+    person.batch_execute("BEGIN; UPDATE public.sessions SET city = 'X'").await.expect("one row");
+
+    let batch = (2..80).map(|id| event(id, &format!("v{}", id % 20))).chain([event(100, "locked")]).collect();
+    let began = Instant::now();
+    let told = pipeline.submit(batch).await;
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    let (locked, others) = told.split_last().expect("many");
+    assert_eq!(*locked, Outcome::Unavailable(Unavailable::Database));
+    assert!(others.iter().all(|outcome| matches!(outcome, Outcome::Stored(_))), "{others:?}");
+    assert_eq!(database.store.write_trouble(), None, "the database is well");
+
+    // It is known now.
+    let began = Instant::now();
+    let told = pipeline.submit(vec![event(100, "locked"), event(200, "v1")]).await;
+    assert!(matches!(told[..], [Outcome::Unavailable(_), Outcome::Stored(_)]), "{told:?}");
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+
+    person.batch_execute("ROLLBACK").await.expect("let go");
+    let other = start(&database.store, PipelineConfig::default());
+    assert!(matches!(other.submit(vec![event(100, "locked")]).await[0], Outcome::Stored(_)));
+    database.assert_counted().await;
+}
+
 /// Breaks over every letter.
 struct Clumsy;
 
