@@ -85,8 +85,8 @@ pub const FEED_CUT_OFF_TOTAL: &str = "opsmantik_feed_cut_off_total";
 /// Times that it began again after its connection broke.
 pub const FEED_RESTARTS_TOTAL: &str = "opsmantik_feed_restarts_total";
 
-/// All of ours, and no more of the NATS client than warnings: it reports each try to reach a server that is away, and we say once that it is.
-const QUIET_INFO: &str = "info,async_nats=warn";
+/// All of ours, no more of the NATS client than warnings, and nothing of its tries to reach a server that is away: we say once that it is.
+const QUIET_INFO: &str = "info,async_nats=warn,async_nats::connector=off";
 
 /// Logs to standard error: `RUST_LOG` filters (default `info`), `LOG_FORMAT=json` for machines.
 pub fn start_logging() {

@@ -6,30 +6,27 @@
 //! ```
 //!
 //! One [`Nats`] a server. It looks at the stream every second, makes what is missing, and publishes nothing and fetches nothing while the
-//! stream would lose events. A NATS that is away is looked for until it is back; nobody waits for it.
+//! stream would lose events. A connection that ended is replaced by another; a NATS that is away is looked for until it is back; nobody waits
+//! for it.
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
-use async_nats::connection::State;
-use async_nats::jetstream::Context;
-use async_nats::jetstream::consumer::{Consumer, pull};
-use async_nats::jetstream::context::ContextBuilder;
-use async_nats::jetstream::stream::ConsumerError;
-use async_nats::{Client, ConnectOptions, Event as Happening};
-use tokio::sync::watch;
+use async_nats::{ConnectError, ConnectOptions};
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::telemetry;
+use connection::Connection;
 use sight::{Sight, Watch};
 
 pub use edge::NatsTransport;
 pub use servers::Servers;
 pub use worker::Worker;
 
+mod connection;
 mod edge;
 mod servers;
 mod sight;
@@ -42,10 +39,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const FIRST_LOOK: Duration = Duration::from_secs(3);
 /// Longest wait for an answer of NATS.
 const ANSWER: Duration = Duration::from_secs(2);
-/// Longest pause between two tries to connect.
-const RECONNECT: Duration = Duration::from_millis(500);
-/// A NATS that is silent for a few of these is away, even if its machine cannot say so any more.
-const PING: Duration = Duration::from_secs(2);
+/// First pause before a try to connect; each one that fails makes the next one longer ...
+const RECONNECT: Duration = Duration::from_millis(20);
+/// ... up to this.
+const RECONNECT_AT_MOST: Duration = Duration::from_millis(500);
 
 /// Where NATS is, and how its stream is made.
 #[derive(Debug, Clone)]
@@ -79,8 +76,6 @@ pub enum Status {
 pub enum NatsSetupError {
     #[error("NATS_CREDENTIALS: the file cannot be used")]
     Credentials(#[source] std::io::Error),
-    #[error("NATS_URL cannot be used")]
-    Url,
     #[error("{0}")]
     Unfit(String),
 }
@@ -88,33 +83,42 @@ pub enum NatsSetupError {
 /// The connection to NATS and what is known of the stream; clones share it.
 #[derive(Clone)]
 pub struct Nats {
-    client: Client,
-    jetstream: Context,
     config: Arc<NatsConfig>,
+    options: Arc<ConnectOptions>,
+    /// The last one that was opened.
+    connection: Arc<watch::Sender<Option<Arc<Connection>>>>,
+    /// Told when it ends.
+    ended: Arc<Notify>,
     status: Arc<watch::Sender<Status>>,
-    last_error: Arc<Mutex<Option<String>>>,
 }
 
 impl Nats {
-    /// Connects in the background, and looks at the stream once if NATS answers soon. A stream that would lose events is an error, a
-    /// NATS that is away is none. The task that keeps looking ends with `stop`.
+    /// Connects and looks at the stream once, if NATS answers soon. A stream that would lose events is an error, a NATS that is away is none.
+    /// The task that keeps looking ends with `stop`.
     pub async fn start(config: NatsConfig, stop: CancellationToken) -> Result<Self, NatsSetupError> {
-        let last_error = Arc::<Mutex<Option<String>>>::default();
-        let client = connect(&config, last_error.clone()).await?;
-        let jetstream = ContextBuilder::new().timeout(ANSWER).build(client.clone());
-        let status = Arc::new(watch::Sender::new(Status::Away("not connected yet".to_owned())));
-        let nats = Self { client, jetstream, config: Arc::new(config), status, last_error };
+        let ended = Arc::<Notify>::default();
+        let options = Arc::new(connection::options(&config, ended.clone()).await?);
+        let mut first = Status::Away("no answer".to_owned());
+        let status = Arc::new(watch::Sender::new(first.clone()));
+        let nats = Self { config: Arc::new(config), options, connection: Arc::default(), ended, status };
         let looked = timeout(FIRST_LOOK, async {
-            while !nats.is_connected() {
-                sleep(Duration::from_millis(10)).await;
+            let mut tries = 0;
+            loop {
+                first = nats.look().await.0;
+                if nats.connection().is_some() {
+                    return;
+                }
+                sleep(back_off(tries)).await;
+                tries += 1;
             }
-            nats.look().await
         });
-        let (first, _) = looked.await.unwrap_or_else(|_| (nats.not_connected(), None));
+        // A NATS that does not answer by then is looked for further on.
+        drop(looked.await);
         if let Status::Unfit(why) = first {
             return Err(NatsSetupError::Unfit(why));
         }
-        nats.now(first);
+        nats.set(first);
+        nats.say();
         tokio::spawn(nats.clone().keep_looking(stop));
         Ok(nats)
     }
@@ -122,6 +126,9 @@ impl Nats {
     /// What stands in the way now, for people; nothing if events flow. A full stream stands in the way of edges only. No secret in it.
     pub fn obstacle(&self, of_worker: bool) -> Option<String> {
         match &*self.status.borrow() {
+            Status::Ready | Status::Full if self.connection().is_none() => {
+                Some("NATS is away: the connection has ended".to_owned())
+            }
             Status::Ready => None,
             Status::Full if of_worker => None,
             Status::Full => Some(format!("the stream `{}` is nearly full: workers do not keep up", self.config.stream)),
@@ -132,7 +139,8 @@ impl Nats {
 
     /// Sends what is still on its way to NATS, acknowledgements above all.
     pub async fn flush(&self) {
-        if timeout(ANSWER, self.client.flush()).await.is_err() {
+        let Some(connection) = self.connection() else { return };
+        if timeout(ANSWER, connection.client.flush()).await.is_err() {
             tracing::warn!(
                 "NATS does not answer; what was stored last may be delivered once more, which changes nothing"
             );
@@ -144,31 +152,38 @@ impl Nats {
         format!("{}.{site}", stream::prefix(&self.config.stream))
     }
 
-    /// The consumer that all workers share.
-    async fn consumer(&self) -> Result<Consumer<pull::Config>, ConsumerError> {
-        self.jetstream.get_consumer_from_stream(stream::CONSUMER, &self.config.stream).await
+    /// The connection, as long as it lasts.
+    fn connection(&self) -> Option<Arc<Connection>> {
+        self.connection.borrow().clone().filter(|connection| connection.lasts())
     }
 
-    fn is_connected(&self) -> bool {
-        self.client.connection_state() == State::Connected
-    }
-
-    /// Which connection to NATS there is, of those that there have been.
-    fn connection(&self) -> Option<u64> {
-        self.is_connected().then(|| self.client.statistics().connects.load(Ordering::Relaxed))
-    }
-
-    fn not_connected(&self) -> Status {
-        let why = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Status::Away(why.unwrap_or_else(|| "no connection".to_owned()))
+    /// The connection, or another one if it has ended.
+    async fn connect(&self) -> Result<Arc<Connection>, ConnectError> {
+        let mut servers = self.config.servers.addresses();
+        let last = self.connection.borrow().clone();
+        if let Some(last) = last {
+            if last.lasts() {
+                return Ok(last);
+            }
+            // The cluster has other servers, whether they were configured or not.
+            for server in last.cluster() {
+                if !servers.contains(&server) {
+                    servers.push(server);
+                }
+            }
+        }
+        let connection = Arc::new(Connection::open(&self.options, servers).await?);
+        self.connection.send_replace(Some(connection.clone()));
+        Ok(connection)
     }
 
     /// The status, and what was seen if NATS answers.
     async fn look(&self) -> (Status, Option<Sight>) {
-        if !self.is_connected() {
-            return (self.not_connected(), None);
-        }
-        match stream::look(&self.jetstream, &self.config).await {
+        let connection = match self.connect().await {
+            Ok(connection) => connection,
+            Err(error) => return (Status::Away(error.to_string()), None),
+        };
+        match stream::look(&connection.jetstream, &self.config).await {
             Ok(load) => {
                 metrics::gauge!(telemetry::NATS_STREAM_BYTES).set(load.bytes as f64);
                 metrics::gauge!(telemetry::NATS_LAG_EVENTS).set(load.sight.waiting as f64);
@@ -193,38 +208,50 @@ impl Nats {
         });
     }
 
-    /// Notes the status, and says so once when it changes.
+    /// Notes the status, and says so when it is news.
     fn now(&self, status: Status) {
-        let changed = self.status.send_if_modified(|before| {
-            let changed = *before != status;
-            before.clone_from(&status);
-            changed
-        });
+        match (self.set(status.clone()), status) {
+            // Of several servers each may be away for a reason of its own.
+            (Status::Away(_), Status::Away(_)) => {}
+            (before, now) if before == now => {}
+            _ => self.say(),
+        }
+    }
+
+    /// Notes the status; which it was before.
+    fn set(&self, status: Status) -> Status {
         metrics::gauge!(telemetry::NATS_READY).set(if status == Status::Ready { 1.0 } else { 0.0 });
-        match (changed, self.obstacle(false)) {
-            (true, None) => tracing::info!(nats.stream = %self.config.stream, "the stream is there and takes events"),
-            (true, Some(why)) => tracing::warn!(nats.stream = %self.config.stream, "the stream takes no events: {why}"),
-            (false, _) => {}
+        self.status.send_replace(status)
+    }
+
+    fn say(&self) {
+        match self.obstacle(false) {
+            None => tracing::info!(nats.stream = %self.config.stream, "the stream is there and takes events"),
+            Some(why) => tracing::warn!(nats.stream = %self.config.stream, "the stream takes no events: {why}"),
         }
     }
 
     async fn keep_looking(self, stop: CancellationToken) {
-        let mut watch = Watch::default();
+        let (mut watch, mut failed) = (Watch::default(), 0);
         loop {
+            let pause = if self.connection().is_some() { LOOK_EVERY } else { back_off(failed) };
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep(LOOK_EVERY) => {}
+                () = self.ended.notified() => continue,
+                () = sleep(pause) => {}
             }
             let (status, sight) = self.look().await;
+            // A connection that ends as soon as it is open is no success.
+            failed = if matches!(status, Status::Away(_)) { failed + 1 } else { 0 };
             self.now(status);
-            let Some(sight) = sight else { continue };
+            let (Some(sight), Some(connection)) = (sight, self.connection()) else { continue };
             if watch.sees(sight, Instant::now()) {
                 tracing::warn!(
                     nats.stream = %self.config.stream,
                     ?sight,
                     "nobody is handed some events of the stream; all in it are handed out again"
                 );
-                if let Err(obstacle) = stream::hand_out_again(&self.jetstream, &self.config, &sight).await {
+                if let Err(obstacle) = stream::hand_out_again(&connection.jetstream, &self.config, &sight).await {
                     self.now(obstacle.into());
                 }
             }
@@ -232,27 +259,8 @@ impl Nats {
     }
 }
 
-async fn connect(config: &NatsConfig, last_error: Arc<Mutex<Option<String>>>) -> Result<Client, NatsSetupError> {
-    let remember = move |happening: Happening| {
-        let why = match happening {
-            Happening::Connected => None,
-            other => Some(other.to_string()),
-        };
-        *last_error.lock().unwrap_or_else(PoisonError::into_inner) = why;
-        async {}
-    };
-    let options = ConnectOptions::new()
-        .name("opsmantik")
-        .retry_on_initial_connect()
-        .connection_timeout(ANSWER)
-        .ping_interval(PING)
-        .reconnect_delay_callback(|tries| {
-            RECONNECT.min(Duration::from_millis(20) * u32::try_from(tries).unwrap_or(u32::MAX))
-        })
-        .event_callback(remember);
-    let mut options = config.servers.log_in(options);
-    if let Some(file) = &config.credentials {
-        options = options.credentials_file(file).await.map_err(NatsSetupError::Credentials)?;
-    }
-    options.connect(config.servers.addresses()).await.map_err(|_| NatsSetupError::Url)
+/// How long to wait before the next try to connect: never at the same moment as all others who lost the same NATS.
+fn back_off(failed: u32) -> Duration {
+    let at_most = RECONNECT.saturating_mul(2u32.saturating_pow(failed)).min(RECONNECT_AT_MOST);
+    at_most.mul_f64(rand::random_range(0.5..=1.0))
 }

@@ -126,7 +126,7 @@ impl NatsTransport {
             return Err(Unpublished::Open);
         }
         let payload = Job::of(event).to_json().map_err(Unpublished::Unwritable)?;
-        if payload.len() + HEADERS > self.nats.client.max_payload() {
+        if payload.len() + HEADERS > connection.client.max_payload() {
             return Err(Unpublished::TooLarge);
         }
         // An event's id is unique within its site, and NATS compares these within the whole stream: without the site, one of two
@@ -137,14 +137,14 @@ impl NatsTransport {
             .message_id(message_id)
             .expected_stream(&self.nats.config.stream);
         let acknowledged = async {
-            let sent = self.nats.jetstream.send_publish(self.nats.subject(event.site_id), message).await?;
+            let sent = connection.jetstream.send_publish(self.nats.subject(event.site_id), message).await?;
             sent.await
         };
         match timeout(ANSWER, acknowledged).await {
             // One that the stream had already is as safe as a new one.
             Ok(Ok(_)) => Ok(()),
             // The answer went with the connection, which says nothing about the one that there may be by now.
-            _ if self.nats.connection() != Some(connection) => Err(Unpublished::Away),
+            _ if !connection.lasts() => Err(Unpublished::Away),
             Ok(Err(error)) => Err(Unpublished::of(error)),
             Err(_) => Err(Unpublished::Slow),
         }

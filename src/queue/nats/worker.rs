@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::stream::ACK_WAIT;
+use super::stream::{ACK_WAIT, CONSUMER};
 use super::{ANSWER, Nats, Status};
 use crate::directory::Directory;
 use crate::domain::outcome::{Outcome, Unavailable};
@@ -50,12 +50,6 @@ pub struct Worker {
     pipeline: Pipeline,
     directory: Directory,
     store: Store,
-}
-
-/// A delivery, and the connection by which it was asked for.
-struct Taken {
-    message: Message,
-    connection: u64,
 }
 
 /// What became of a delivery.
@@ -124,11 +118,14 @@ impl Worker {
         }
     }
 
+    /// The consumer that all workers share, by the connection that there is now. It ends with that.
     async fn consumer(&self) -> Option<Consumer<pull::Config>> {
-        if matches!(&*self.nats.status.borrow(), Status::Away(_) | Status::Unfit(_)) || !self.nats.is_connected() {
+        if matches!(&*self.nats.status.borrow(), Status::Away(_) | Status::Unfit(_)) {
             return None;
         }
-        self.nats.consumer().await.inspect_err(|error| tracing::debug!(%error, "the consumer cannot be found now")).ok()
+        let connection = self.nats.connection()?;
+        let found = connection.jetstream.get_consumer_from_stream(CONSUMER, &self.nats.config.stream).await;
+        found.inspect_err(|error| tracing::debug!(%error, "the consumer cannot be found now")).ok()
     }
 
     /// Fetches up to `events` and settles them.
@@ -138,7 +135,6 @@ impl Worker {
         events: usize,
         stop: &CancellationToken,
     ) -> Pulled {
-        let Some(connection) = self.nats.connection() else { return Pulled::NoAnswer };
         let mut messages = match consumer.batch().max_messages(events).expires(PULL_FOR).messages().await {
             Ok(messages) => messages,
             Err(error) => {
@@ -154,7 +150,7 @@ impl Worker {
                 () = stop.cancelled() => break,
                 next = messages.next() => match next {
                     Some(Ok(message)) => {
-                        let (worker, message) = (self.clone(), Taken { message, connection });
+                        let worker = self.clone();
                         handled.spawn(async move { worker.handle(message).await });
                     }
                     Some(Err(error)) => {
@@ -172,7 +168,7 @@ impl Worker {
         }
         // What has come and was not begun is another worker's at once, and not after the wait for an acknowledgement.
         while let Some(Some(Ok(message))) = messages.next().now_or_never() {
-            self.answer(&Taken { message, connection }, AckKind::Nak(None)).await;
+            self.answer(&message, AckKind::Nak(None)).await;
         }
         drop(messages);
         let (mut settled, mut unsettled) = (0, 0);
@@ -191,40 +187,34 @@ impl Worker {
     }
 
     /// Settles one delivery and says so to NATS: whether it is done with.
-    async fn handle(&self, taken: Taken) -> bool {
-        let settling = self.settle(&taken.message);
+    async fn handle(&self, message: Message) -> bool {
+        let settling = self.settle(&message);
         tokio::pin!(settling);
         let deed = loop {
             tokio::select! {
                 deed = &mut settling => break deed,
                 // Nobody else needs to try meanwhile.
-                () = sleep(ACK_WAIT / 3) => self.answer(&taken, AckKind::Progress).await,
+                () = sleep(ACK_WAIT / 3) => self.answer(&message, AckKind::Progress).await,
             }
         };
         let (kind, outcome) = match deed {
             Deed::Stored => (AckKind::Ack, "stored"),
             Deed::Buried => (AckKind::Term, "buried"),
             Deed::Again(why) => {
-                let deliveries = taken.message.info().map_or(1, |info| info.delivered);
+                let deliveries = message.info().map_or(1, |info| info.delivered);
                 (AckKind::Nak(Some(pause(why, deliveries))), "again")
             }
         };
         metrics::counter!(telemetry::NATS_DELIVERIES_TOTAL, "outcome" => outcome).increment(1);
-        self.answer(&taken, kind).await;
+        self.answer(&message, kind).await;
         !matches!(deed, Deed::Again(_))
     }
 
     /// Says to NATS what became of a delivery. What it does not hear comes again, which changes nothing.
     ///
-    /// An acknowledgement names the event by its number in the stream. A NATS that went away may have lost its last events when it is back, and
-    /// have given their numbers to others: what was taken before is not taken out of the stream, but asked for once more.
-    async fn answer(&self, taken: &Taken, kind: AckKind) {
-        let kind = match kind {
-            kind if self.nats.connection() == Some(taken.connection) => kind,
-            AckKind::Progress => return,
-            _ => AckKind::Nak(None),
-        };
-        match timeout(ANSWER, taken.message.ack_with(kind)).await {
+    /// It goes by the connection that the delivery came by, and with that.
+    async fn answer(&self, message: &Message, kind: AckKind) {
+        match timeout(ANSWER, message.ack_with(kind)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(error, "NATS does not hear of a delivery; it comes again"),
             Err(_) => tracing::debug!("NATS does not hear of a delivery in time; it comes again"),
