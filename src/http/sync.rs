@@ -87,7 +87,7 @@ async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
 
 /// Reads the body as far as its site, and looks that up.
 async fn find_site(state: &PublicState, asking: Asking, bytes: &[u8]) -> Result<(Body, Arc<Site>), Problem> {
-    let body = asking.in_turn(|| wire::read(bytes)).await?;
+    let body = asking.in_turn(|| wire::read(bytes)).await??;
     let events = match &body {
         Body::One(event) => std::slice::from_ref(&**event),
         Body::Batch(events) => events,
@@ -106,7 +106,7 @@ async fn hand_over(state: &PublicState, caller: &Caller, site: &Site, body: Body
     state.limit.check(site.id, caller.address).map_err(Problem::rate_limited)?;
     match body {
         Body::One(event) => {
-            let event = caller.asking.in_turn(|| event.accept(site.id, &caller.arrival)).await?;
+            let event = caller.asking.in_turn(|| event.accept(site.id, &caller.arrival)).await??;
             let id = event.id;
             let verdicts = state.transport.hand_over(vec![event]).await;
             answer::to_one(id, *verdicts.first().ok_or_else(Problem::internal)?)
@@ -123,7 +123,7 @@ async fn hand_over_batch(
 ) -> Result<Response, Problem> {
     let mut accepted = Vec::with_capacity(read.len());
     let mut fates = Vec::with_capacity(read.len());
-    let turn = caller.asking.turn().await;
+    let turn = caller.asking.turn().await?;
     for (at, wire) in read.into_iter().enumerate() {
         if at % IN_A_ROW == IN_A_ROW - 1 {
             tokio::task::yield_now().await;
