@@ -13,6 +13,7 @@ use std::net::IpAddr;
 
 use super::answer::{self, Fate, Problem};
 use super::body::{self, Held};
+use super::client_address::Client;
 use super::cors::{Sender, hidden};
 use super::turn::Asking;
 use super::wire::{self, Body, WireEvent};
@@ -48,12 +49,13 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
     let (parts, body) = request.into_parts();
     let address = state.proxies.client(peer(&parts), &parts.headers);
     let arrival = client_address::arrival(&parts.headers, address, Utc::now());
+    let (room, client) = (&state.body_room, Client::of(address));
     let wanted = match state.transport.pressure() {
-        Pressure::Full => body::refuse_unread(&parts.headers, body),
+        Pressure::Full => body::refuse_unread(&parts.headers, body, room, client),
         Pressure::Low | Pressure::High => Ok(body),
     };
     let read = match wanted {
-        Ok(body) => body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await,
+        Ok(body) => body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, room, client).await,
         Err(problem) => Err(problem),
     };
     let bytes = match read {
