@@ -7,7 +7,7 @@
 //!
 //! A body that says it is too large is refused unread, one that turns out to be is left at the limit. Either way what still comes in is swallowed
 //! for a moment: a socket closed on unread bytes is reset, and the client would see a broken connection instead of its 413. Meanwhile it
-//! counts among those that are awaited.
+//! counts among those that are awaited; for a client that has too many of these nothing is swallowed.
 
 use std::ops::Deref;
 use std::time::Duration;
