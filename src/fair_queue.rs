@@ -1,8 +1,13 @@
 //! A queue in which everybody waits in a lane of their own, served by deficit round robin.
 //!
 //! Whoever is served gets up to a *quantum* of weight in a row, then it is the next one's turn; what was taken beyond it is paid for in later
-//! turns. Who had nothing waiting is served before those who always have (as `fq_codel` does it), but only for one quantum: nobody waits
-//! for more than two quanta of each other lane. Within a lane the order of coming holds, and with one lane this is a plain queue.
+//! turns. Who had nothing waiting is served before those who always have (as `fq_codel` does it), but only for one quantum. And where keys cost
+//! nothing newcomers may never end, so all of them together get a quantum, then the others do: neither can more than double the wait of the other.
+//!
+//! The promise: what stands first in its lane, with nothing heavier than a quantum before it, waits for no more than two quanta for each other
+//! lane that was there when it came to stand there, and two more; however many lanes come after it, and whatever they bring. One of the two is
+//! for the lane itself, one for the other kind's turns. Each such turn may go beyond its quantum by its last item. Within a lane the
+//! order of coming holds, and with one lane this is a plain queue.
 //!
 //! A lane can be held: what waits in it keeps its place and is not served until the lane is let go.
 //!
@@ -20,6 +25,8 @@ pub(crate) struct FairQueue<K, T> {
     ring: VecDeque<K>,
     held: HashSet<K>,
     quantum: i64,
+    /// Above zero, what newcomers may take before the ring has its turn; below, what the ring may take before newcomers have theirs.
+    newcomers: i64,
     all: Load,
     /// What may be served, and in how many lanes: all but those that are held.
     ready: Load,
@@ -55,6 +62,15 @@ struct Lane<T> {
     listed: bool,
 }
 
+impl<T> Lane<T> {
+    /// What was used up is there again when it stands at the end of the ring.
+    fn end_turn(&mut self, quantum: i64) {
+        if self.credit <= 0 {
+            self.credit += quantum;
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Heavy<T> {
     weight: usize,
@@ -64,12 +80,14 @@ struct Heavy<T> {
 impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
     /// With turns of so much weight.
     pub fn new(quantum: usize) -> Self {
+        let quantum = signed(quantum).max(1);
         Self {
             lanes: HashMap::new(),
             fresh: VecDeque::new(),
             ring: VecDeque::new(),
             held: HashSet::new(),
-            quantum: signed(quantum).max(1),
+            quantum,
+            newcomers: quantum,
             all: Load::default(),
             ready: Load::default(),
             ready_lanes: 0,
@@ -136,6 +154,7 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
             self.ready.add(lane.load);
             self.ready_lanes += usize::from(lane.load.items > 0);
             if !std::mem::replace(&mut lane.listed, true) {
+                lane.end_turn(self.quantum);
                 self.ring.push_back(key);
             }
         }
@@ -154,6 +173,7 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
 
     pub fn pop(&mut self) -> Option<(K, T)> {
         let key = self.turn()?;
+        let is_fresh = self.is_newcomers_turn();
         let lane = self.lanes.get_mut(&key)?;
         let Heavy { weight, item } = lane.waiting.pop_front()?;
         lane.credit -= signed(weight);
@@ -161,6 +181,7 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         lane.load.take(load);
         self.ready.take(load);
         self.ready_lanes -= usize::from(lane.load.items == 0);
+        self.share(is_fresh, signed(weight));
         self.took(load);
         Some((key, item))
     }
@@ -199,14 +220,15 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
     fn took(&mut self, load: Load) {
         self.all.take(load);
         if self.is_empty() {
-            *self = Self { quantum: self.quantum, held: std::mem::take(&mut self.held), ..Self::new(0) };
+            let quantum = self.quantum;
+            *self = Self { quantum, newcomers: quantum, held: std::mem::take(&mut self.held), ..Self::new(0) };
         }
     }
 
     /// Whose turn it is. That lane has something in it, and is the first of its list.
     fn turn(&mut self) -> Option<K> {
         loop {
-            let is_fresh = !self.fresh.is_empty();
+            let is_fresh = self.is_newcomers_turn();
             let list = if is_fresh { &mut self.fresh } else { &mut self.ring };
             let key = *list.front()?;
             let lane = self.lanes.get_mut(&key)?;
@@ -221,18 +243,36 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
                 if is_fresh && !self.ring.is_empty() {
                     // Had it left at once, it could come back as a fresh one before those in the ring had their turn.
                     lane.waiting = VecDeque::new();
+                    lane.end_turn(self.quantum);
                     self.ring.push_back(key);
                 } else {
                     self.lanes.remove(&key);
                 }
             } else if lane.credit <= 0 {
-                lane.credit += self.quantum;
+                lane.end_turn(self.quantum);
                 list.pop_front();
                 self.ring.push_back(key);
             } else {
                 return Some(key);
             }
         }
+    }
+
+    fn is_newcomers_turn(&self) -> bool {
+        !self.fresh.is_empty() && (self.newcomers > 0 || self.ring.is_empty())
+    }
+
+    /// Counts what was served, while those on the other side wait as well or may come.
+    fn share(&mut self, is_fresh: bool, weight: i64) {
+        let newcomers = self.newcomers;
+        self.newcomers = match is_fresh {
+            // Nobody waits for them to be through.
+            true if self.ring.is_empty() => self.quantum,
+            true if newcomers > weight => newcomers - weight,
+            true => newcomers - weight - self.quantum,
+            false if newcomers > 0 || newcomers + weight < 0 => (newcomers + weight).min(self.quantum),
+            false => self.quantum,
+        };
     }
 }
 

@@ -132,32 +132,58 @@ proptest! {
         prop_assert!(queue.lanes.is_empty());
     }
 
-    /// Whatever the others bring, as much and as often as they like: what stands first in a lane comes out before each of them had more
-    /// than two turns, and what they overdrew in these.
+    /// Whatever the others bring, as much and as often as they like, under keys that nobody has seen before and under those of a moment ago:
+    /// each that comes to stand first in a lane comes out before the others had more than they were promised.
     #[test]
-    fn nobody_waits_for_more_than_two_turns_of_each_other(
-        before in proptest::collection::vec((1_u8..6, 1_usize..300), 0..300),
-        flood in proptest::collection::vec((1_u8..6, 1_usize..300), 3000),
+    fn nobody_waits_for_more_than_two_turns_of_each_other_lane_and_two_more(
+        before in proptest::collection::vec((0_u32..6, 1_usize..=QUANTUM), 0..100),
+        pops in 0_usize..80,
+        flood in proptest::collection::vec((prop_oneof![0_u32..6, Just(6), 7_u32..400], 1_usize..=QUANTUM), 1000),
+        at_once in 1_usize..12,
     ) {
-        let mut queue = queue();
-        before.into_iter().for_each(|(lane, weight)| queue.push(lane, weight, (lane, 0)));
-        queue.push(0, 50, (0, 1));
-        let (mut served, mut weights) = (BTreeMap::<u8, usize>::new(), flood.into_iter());
-        loop {
-            // The others never run dry.
-            for (lane, weight) in weights.by_ref().take(10) {
-                queue.push(lane, weight, (lane, 0));
+        let mut queue = FairQueue::<u32, ()>::new(QUANTUM);
+        before.into_iter().for_each(|(lane, weight)| queue.push(lane, weight, ()));
+        (0..pops).for_each(|_| _ = queue.pop());
+        // One that has only just come, if there is nothing there.
+        queue.push(0, 50, ());
+        let most = |queue: &FairQueue<u32, ()>| (2 * (queue.lanes.len() - 1) + 2) * 2 * QUANTUM;
+        let (mut served, mut allowed, mut next) = (0, most(&queue), 1000);
+        for some in flood.chunks(at_once) {
+            for (lane, weight) in some {
+                // Many are new, and a few of these come again soon.
+                let lane = if *lane < 7 { *lane } else { next + lane % 4 };
+                next += u32::from(lane >= 1000);
+                queue.push(lane, *weight, ());
             }
             let weight = queue.next_weight().unwrap_or_default();
             match queue.pop() {
-                Some((0, _)) => break,
-                Some((lane, _)) => *served.entry(lane).or_default() += weight,
+                Some((0, ())) if queue.lanes.get(&0).is_some_and(|lane| !lane.waiting.is_empty()) => {
+                    (served, allowed) = (0, most(&queue));
+                }
+                Some((0, ())) => break,
+                Some(_) => served += weight,
                 None => prop_assert!(false, "lost"),
             }
+            prop_assert!(served <= allowed, "the others had {served} in the meantime, not {allowed}");
         }
-        for (lane, weight) in served {
-            prop_assert!(weight <= 2 * (QUANTUM + 300), "lane {lane} had {weight} in the meantime");
+    }
+
+    /// However heavy their items are, and those of the one who was there before.
+    #[test]
+    fn newcomers_that_never_end_get_half_at_most(
+        heavy in 1_usize..300,
+        newcomers in proptest::collection::vec(1_usize..300, 500),
+    ) {
+        let (mut queue, mut served) = (FairQueue::<usize, ()>::new(QUANTUM), [0_usize; 2]);
+        (0..newcomers.len() + 2 * QUANTUM).for_each(|_| queue.push(0, heavy, ()));
+        (0..=QUANTUM).for_each(|_| _ = queue.pop());
+        for (key, weight) in newcomers.into_iter().enumerate() {
+            queue.push(key + 1, weight, ());
+            let weight = queue.next_weight().unwrap_or_default();
+            let Some((key, ())) = queue.pop() else { break };
+            served[usize::from(key > 0)] += weight;
         }
+        prop_assert!(served[1] <= served[0] + 2 * (QUANTUM + 300), "{served:?}");
     }
 
     /// Those who always have something waiting get the same, however large or small their items are.

@@ -25,7 +25,7 @@ use crate::http::admin::{AdminState, QueueState, admin_router};
 use crate::http::client_address::TrustedProxies;
 use crate::http::limit::RateLimit;
 use crate::http::serve::{Limits, serve};
-use crate::http::{self, BodyRoom, PublicState, public_router};
+use crate::http::{self, PublicState, public_router};
 use crate::keeper::{self, Nudge};
 use crate::pipeline::{Pipeline, PipelineConfig};
 use crate::queue::Transport;
@@ -136,7 +136,8 @@ impl Server {
             proxies: Arc::new(TrustedProxies::new(settings.trusted_proxies.0.clone())),
             verifier: Arc::new(settings.verifier(mode)?),
             body_patience: http::BODY_PATIENCE,
-            body_room: BodyRoom::new(http::BODY_ROOM),
+            body_room: http::body_room(),
+            delivery_room: http::delivery_room(),
         })
         .merge(beside);
         let feed_url = settings.feed_database_url(mode);

@@ -17,7 +17,7 @@ use opsmantik::http::client_address::TrustedProxies;
 use opsmantik::http::limit::RateLimit;
 use opsmantik::http::serve::{Limits, serve};
 use opsmantik::http::signature::Verifier;
-use opsmantik::http::{BODY_PATIENCE, BODY_ROOM, BodyRoom, PublicState, public_router};
+use opsmantik::http::{BODY_PATIENCE, PublicState, body_room, delivery_room, public_router};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use opsmantik::queue::{Transport, Verdict};
@@ -71,6 +71,7 @@ fn router(store: Store) -> Router {
         proxies: Arc::new(TrustedProxies::new(Vec::new())),
         verifier: Arc::new(Verifier::without_keys()),
         body_patience: BODY_PATIENCE,
-        body_room: BodyRoom::new(BODY_ROOM),
+        body_room: body_room(),
+        delivery_room: delivery_room(),
     })
 }

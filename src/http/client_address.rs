@@ -54,6 +54,24 @@ impl TrustedProxies {
     }
 }
 
+/// The part of a client's address that counts where clients are told apart: an IPv4 address, or an IPv6 /64, which is what one subscriber gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Client {
+    V4(u32),
+    /// The first 64 bits.
+    V6(u64),
+}
+
+impl Client {
+    pub fn of(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => Self::V4(v4.to_bits()),
+            #[allow(clippy::cast_possible_truncation)] // shifted down to 64 bits
+            IpAddr::V6(v6) => Self::V6((v6.to_bits() >> 64) as u64),
+        }
+    }
+}
+
 /// An address as proxies write it: with a port, in brackets or quotes, with a zone, IPv4 in IPv6 clothes.
 fn parse_address(text: &str) -> Option<IpAddr> {
     let text = text.trim().trim_matches('"');

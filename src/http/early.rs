@@ -25,7 +25,10 @@ pub(super) async fn refusal(state: &PublicState, sender: &Sender, asking: Asking
         Pressure::Low => None,
         Pressure::Full => Some(sender.shown_to_customers(&state.directory, busy()).await),
         Pressure::High => {
-            let glance: Glance<'_> = asking.in_turn(|| serde_json::from_slice(bytes)).await.ok()?;
+            let Ok(glance) = asking.in_turn(|| serde_json::from_slice::<Glance<'_>>(bytes)).await else {
+                return Some(sender.shown_to_customers(&state.directory, busy()).await);
+            };
+            let glance = glance.ok()?;
             let name = glance.site()?;
             let site = state.directory.site(name).await.ok()??;
             sender.admit(&site).ok()?;

@@ -1,6 +1,6 @@
 //! The rate limit of the public door: requests a minute for a site and client.
 //!
-//! A client is an IPv4 address or an IPv6 /64, which is what one subscriber gets. The whole minute's allowance may come at once (a tracker that
+//! A client is a subscriber ([`Client`]). The whole minute's allowance may come at once (a tracker that
 //! was offline), then it refills evenly. Memory is bounded: who has been quiet is forgotten, and a flood of addresses empties the table,
 //! because a limit by address means nothing against it.
 
@@ -13,30 +13,13 @@ use std::time::Duration;
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota};
 
+use super::client_address::Client;
 use crate::domain::id::SiteId;
 
 /// Most pairs of site and client that are remembered; some 100 bytes each.
 const MOST_KEYS: usize = 200_000;
 /// Housekeeping happens once in so many requests.
 const HOUSEKEEPING: u32 = 8192;
-
-/// The part of a client's address that counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Client {
-    V4(u32),
-    /// The first 64 bits.
-    V6(u64),
-}
-
-impl Client {
-    fn of(address: IpAddr) -> Self {
-        match address.to_canonical() {
-            IpAddr::V4(v4) => Self::V4(v4.to_bits()),
-            #[allow(clippy::cast_possible_truncation)] // shifted down to 64 bits
-            IpAddr::V6(v6) => Self::V6((v6.to_bits() >> 64) as u64),
-        }
-    }
-}
 
 type Limiter = DefaultKeyedRateLimiter<(SiteId, Client)>;
 

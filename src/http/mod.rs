@@ -42,6 +42,7 @@ mod early;
 pub mod limit;
 mod script;
 pub mod serve;
+mod share;
 pub mod signature;
 mod sync;
 mod trouble;
@@ -53,8 +54,14 @@ mod write_limit;
 /// How long a body may take. 512 KiB in this time is slower than any network that still carries a page.
 pub const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Most bytes of all bodies that are being read or worked on: thirty of the largest, sixteen thousand of usual ones.
-pub const BODY_ROOM: usize = 16 << 20;
+/// Most bytes of all bodies of `/api/sync` that are being read or worked on: thirty of the largest, sixteen thousand of usual ones ...
+const BODY_BYTES: usize = 16 << 20;
+/// ... and most bodies that have not wholly come. A body is awaited for as long as a network takes, mostly not at all; each costs some ten KiB.
+const BODIES_AWAITED: usize = 3 << 10;
+/// The same of deliveries: eight of the largest, eight thousand of usual ones ...
+const DELIVERY_BYTES: usize = 8 << 20;
+/// ... from one sender, which brings many at once.
+const DELIVERIES_AWAITED: usize = 1 << 10;
 
 /// What the public listener needs.
 #[derive(Clone)]
@@ -71,6 +78,18 @@ pub struct PublicState {
     pub verifier: Arc<Verifier>,
     pub body_patience: Duration,
     pub body_room: BodyRoom,
+    /// Apart, so that browsers cannot take it.
+    pub delivery_room: BodyRoom,
+}
+
+/// The room for bodies of `/api/sync`.
+pub fn body_room() -> BodyRoom {
+    BodyRoom::new(BODY_BYTES, BODIES_AWAITED)
+}
+
+/// The room for bodies of `/api/sync/worker`.
+pub fn delivery_room() -> BodyRoom {
+    BodyRoom::new(DELIVERY_BYTES, DELIVERIES_AWAITED)
 }
 
 /// The routes of the public listener.

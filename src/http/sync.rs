@@ -13,6 +13,7 @@ use std::net::IpAddr;
 
 use super::answer::{self, Fate, Problem};
 use super::body::{self, Held};
+use super::client_address::Client;
 use super::cors::{Sender, hidden};
 use super::trouble::logged;
 use super::turn::Asking;
@@ -52,12 +53,13 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
     let (parts, body) = request.into_parts();
     let address = state.proxies.client(peer(&parts), &parts.headers);
     let arrival = client_address::arrival(&parts.headers, address, Utc::now());
+    let (room, client) = (&state.body_room, Client::of(address));
     let wanted = match state.transport.pressure() {
-        Pressure::Full => body::refuse_unread(&parts.headers, body),
+        Pressure::Full => body::refuse_unread(&parts.headers, body, room, client),
         Pressure::Low | Pressure::High => Ok(body),
     };
     let read = match wanted {
-        Ok(body) => body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, &state.body_room).await,
+        Ok(body) => body::read(&parts.headers, body, wire::MAX_BODY, state.body_patience, room, client).await,
         Err(problem) => Err(problem),
     };
     let bytes = match read {
@@ -91,7 +93,7 @@ async fn take(state: PublicState, caller: Caller, read: Held) -> Response {
 
 /// Reads the body as far as its site, and looks that up.
 async fn find_site(state: &PublicState, asking: Asking, bytes: &[u8]) -> Result<(Body, Arc<Site>), Problem> {
-    let body = asking.in_turn(|| wire::read(bytes)).await?;
+    let body = asking.in_turn(|| wire::read(bytes)).await??;
     let events = match &body {
         Body::One(event) => std::slice::from_ref(&**event),
         Body::Batch(events) => events,
@@ -110,7 +112,7 @@ async fn hand_over(state: &PublicState, caller: &Caller, site: &Site, body: Body
     state.limit.check(site.id, caller.address).map_err(Problem::rate_limited)?;
     match body {
         Body::One(event) => {
-            let event = caller.asking.in_turn(|| event.accept(site.id, &caller.arrival)).await?;
+            let event = caller.asking.in_turn(|| event.accept(site.id, &caller.arrival)).await??;
             let id = event.id;
             let verdicts = state.transport.hand_over(vec![event]).await;
             answer::to_one(id, *verdicts.first().ok_or_else(Problem::internal)?)
@@ -127,7 +129,7 @@ async fn hand_over_batch(
 ) -> Result<Response, Problem> {
     let mut accepted = Vec::with_capacity(read.len());
     let mut fates = Vec::with_capacity(read.len());
-    let turn = caller.asking.turn().await;
+    let turn = caller.asking.turn().await?;
     for (at, wire) in read.into_iter().enumerate() {
         if at % IN_A_ROW == IN_A_ROW - 1 {
             tokio::task::yield_now().await;

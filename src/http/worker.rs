@@ -16,9 +16,10 @@ use http::header::RETRY_AFTER;
 use tokio::time::{Instant, timeout_at};
 
 use super::answer::{self, Problem};
+use super::client_address::Client;
 use super::delivery;
 use super::trouble::logged;
-use super::{PublicState, body};
+use super::{PublicState, body, peer};
 use crate::domain::event::Event;
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::pipeline::{Pipeline, Taken};
@@ -46,10 +47,13 @@ pub async fn worker(State(state): State<PublicState>, request: Request) -> Respo
     }
     let (parts, body) = request.into_parts();
     let retried = parts.headers.get("upstash-retried").and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0);
-    let read = body::read(&parts.headers, body, MAX_DELIVERY, state.body_patience, &state.body_room).await;
+    let client = Client::of(state.proxies.client(peer(&parts), &parts.headers));
+    let room = &state.delivery_room;
+    let read = body::read(&parts.headers, body, MAX_DELIVERY, state.body_patience, room, client).await;
     let bytes = match read {
         Ok(bytes) => bytes,
-        Err(problem) => return patient(logged(ROUTE, problem), retried),
+        // Bodies that others never end have been given up by then, and its few retries are for longer troubles.
+        Err(problem) => return patient(logged(ROUTE, problem), 0),
     };
     let signature = parts.headers.get("upstash-signature").and_then(|value| value.to_str().ok());
     if let Err(error) = state.verifier.verify(signature, &bytes) {

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
-use crate::support::app::{Answer, App, ORIGIN, event};
+use crate::support::app::{Answer, App, ORIGIN, event, signature};
 use crate::support::database::database;
 use crate::support::events::Spec;
 
@@ -232,51 +232,82 @@ async fn a_slow_sender_is_cut_off_and_a_large_one_sees_why() {
     }
 }
 
+/// An event from a client of that address.
+async fn post_from(app: &App, client: &str, body: impl Into<reqwest::Body>) -> Answer {
+    Answer::of(app.sync(Method::POST).header("Origin", ORIGIN).header("X-Forwarded-For", client).body(body)).await
+}
+
+/// A request with so much of its body, and no end.
+async fn unfinished(app: &App, path: &str, length: usize, sent: usize) -> TcpStream {
+    let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: {length}\r\n\r\n");
+    let mut socket = TcpStream::connect(app.public).await.expect("the server listens");
+    socket.write_all(&[head.as_bytes(), &vec![b' '; sent]].concat()).await.expect("the server reads");
+    socket
+}
+
+/// Sends events until one is refused: what others were to take is taken then.
+async fn until_refused(app: &App) -> Answer {
+    for id in 1..100 {
+        let answer = app.post(event(id).to_string()).await;
+        if answer.status != 200 {
+            return answer;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("there is room for everything");
+}
+
 #[tokio::test]
-async fn bodies_that_never_end_fill_one_room_and_give_it_back() {
+async fn bodies_that_never_end_take_half_of_their_doors_room_and_give_it_back() {
     const ROOM: usize = 64 << 10;
+    const STRANGER: &str = "203.0.113.9";
     let app = App::start_with(0, |state| {
-        state.body_room = BodyRoom::new(ROOM);
-        state.body_patience = Duration::from_secs(4);
+        state.body_room = BodyRoom::new(ROOM, 100);
+        state.delivery_room = BodyRoom::new(ROOM, 100);
+        state.body_patience = Duration::from_secs(6);
     })
     .await;
-    let open = async |length: usize, sent: usize| {
-        let head =
-            format!("POST /api/sync HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: {length}\r\n\r\n");
-        let mut socket = TcpStream::connect(app.public).await.expect("the server listens");
-        socket.write_all(&[head.as_bytes(), &vec![b' '; sent]].concat()).await.expect("the server reads");
-        socket
-    };
     // Who only announces much takes no room.
     let mut liars = Vec::new();
     for _ in 0..8 {
-        liars.push(open(512 << 10, 0).await);
+        liars.push(unfinished(&app, "/api/sync", 512 << 10, 0).await);
     }
-    assert_eq!(app.post(" ".repeat(ROOM)).await.error(), (400, "invalid_json", "body"), "the whole room is one body's");
+    assert_eq!(app.post(" ".repeat(ROOM / 2)).await.error(), (400, "invalid_json", "body"), "half is for one client");
+    assert_eq!(app.post(" ".repeat(ROOM / 2 + 1)).await.error(), (503, "busy", ""), "and no more than that");
     let mut holders = Vec::new();
-    for _ in 0..8 {
-        holders.push(open(ROOM / 8, ROOM / 8 - 1).await);
+    for _ in 0..4 {
+        holders.push(unfinished(&app, "/api/sync", ROOM / 8, ROOM / 8 - 1).await);
     }
-    let mut id = 0;
-    let refused = loop {
-        id += 1;
-        let answer = app.post(event(id).to_string()).await;
-        if answer.status != 200 {
-            break answer;
-        }
-        assert!(id < 100, "there is room for everything");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    };
+    let refused = until_refused(&app).await;
     assert_eq!(refused.error(), (503, "busy", ""));
     assert_eq!((refused.header("retry-after"), refused.header("connection")), (Some("1"), Some("close")));
     assert!(refused.is_shown_to(ORIGIN));
-    let delivery = app.deliver("{}", "sig_current").await;
-    assert_eq!((delivery.error().1, delivery.header("retry-after")), ("busy", Some("15")), "QStash has few retries");
     // Refused in the middle of a large body: the answer is read, not a reset.
     let length = 512 << 10;
     let head = format!("POST /api/sync HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: {length}\r\n\r\n");
     let large = app.raw(&[head.as_bytes(), &vec![b' '; length]].concat()).await;
     assert!(large.starts_with("HTTP/1.1 503") && large.contains("busy"), "{large}");
+
+    assert_eq!(post_from(&app, STRANGER, event(500).to_string()).await.status, 200, "others are served");
+    let large = post_from(&app, STRANGER, " ".repeat(ROOM / 4)).await;
+    assert_eq!(large.error(), (400, "invalid_json", "body"), "and have half of what is left");
+    let job = Job::new(Spec::new(501, "s", Utc::now()).event(app.database.site("jobs").await.id)).to_json();
+    let job = job.expect("a job");
+    assert_eq!(app.deliver(&job, "sig_current").await.status, 200, "deliveries have a room of their own");
+    for _ in 0..4 {
+        holders.push(unfinished(&app, "/api/sync/worker", ROOM / 8, ROOM / 8 - 1).await);
+    }
+    let (url, began) = (format!("http://{}/api/sync/worker", app.public), Instant::now());
+    let refused = loop {
+        assert!(began.elapsed() < Duration::from_secs(3), "there is room for everything");
+        let request = app.client.post(&url).header("Upstash-Signature", signature(&job, "sig_current"));
+        let answer = Answer::of(request.header("Upstash-Retried", "2").body(job.clone())).await;
+        if answer.status != 200 {
+            break answer;
+        }
+    };
+    assert_eq!((refused.error().1, refused.header("retry-after")), ("busy", Some("15")), "not for hours");
+
     for mut holder in holders {
         let mut answer = String::new();
         holder.read_to_string(&mut answer).await.expect("no reset");
@@ -285,8 +316,35 @@ async fn bodies_that_never_end_fill_one_room_and_give_it_back() {
     for id in 1000..1070 {
         assert_eq!(app.post(event(id).to_string()).await.status, 200);
     }
-    assert_eq!(app.post(" ".repeat(ROOM)).await.error(), (400, "invalid_json", "body"), "all of it was given back");
+    assert_eq!(app.post(" ".repeat(ROOM / 2)).await.error(), (400, "invalid_json", "body"), "all of it was given back");
     drop(liars);
+}
+
+#[tokio::test]
+async fn requests_that_never_bring_a_body_are_refused_at_once_when_they_are_too_many() {
+    let app = App::start_with(0, |state| {
+        state.body_room = BodyRoom::new(1 << 20, 8);
+        state.body_patience = Duration::from_secs(4);
+    })
+    .await;
+    let mut holders = Vec::new();
+    for _ in 0..4 {
+        holders.push(unfinished(&app, "/api/sync", 100, 0).await);
+    }
+    let refused = until_refused(&app).await;
+    assert_eq!((refused.error(), refused.header("retry-after")), ((503, "busy", ""), Some("1")));
+    let mut more = unfinished(&app, "/api/sync", 100, 0).await;
+    let mut answer = String::new();
+    let read = tokio::time::timeout(Duration::from_secs(2), more.read_to_string(&mut answer));
+    read.await.expect("at once").expect("no reset");
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    assert_eq!(post_from(&app, "203.0.113.9", event(500).to_string()).await.status, 200, "others are served");
+    for mut holder in holders {
+        let mut answer = String::new();
+        holder.read_to_string(&mut answer).await.expect("no reset");
+        assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    }
+    assert_eq!(app.post(event(1000).to_string()).await.status, 200);
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Slow and hostile peers, all at once and at both doors, while a visitor and a service that mean well come by: these are served, the others are
 //! answered or closed, and the server's memory stays within bounds.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use opsmantik::grpc::proto::IngestRequest;
 use opsmantik::grpc::proto::ingest_service_client::IngestServiceClient;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::Plan;
@@ -26,15 +26,26 @@ use crate::world::{Door, World};
 /// Nobody is borne with for longer: fifteen seconds for headers, ten for a body, five for what is swallowed after a refusal.
 /// Before that a connection may wait in the kernel's queue until it is taken.
 const PATIENCE: Duration = Duration::from_secs(40);
-/// Most that the server may occupy, MiB: its rooms are 64 for bodies, 64 for messages, 40 for events.
+/// Most that the server may occupy, MiB: its rooms are 24 for bodies, 16 for messages, 40 for events.
 const MOST: f64 = 256.0;
 /// What whoever means well waits, on a machine that is busy with the others.
 const ANSWER: Duration = Duration::from_secs(4);
 /// Rounds in which the peers attack; in every round new fingerprints come.
 const ATTACKS: u32 = 2;
 
+/// Requests at once on a connection of HTTP/2: as many as the server takes.
+const STREAMS: u32 = 16;
+/// Whose requests never end come from here, and whoever means well from another address.
+const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+/// They come when all that are idle have come, and one after the other, or the kernel's queue would be what is tried; all of them within the time
+/// that a body has.
+const LATER: Duration = Duration::from_secs(5);
+const PACE: Duration = Duration::from_millis(8);
+
 /// How many of each kind.
 struct Scale {
+    bare: usize,
+    begun: usize,
     slow: usize,
     endless: usize,
     idle: usize,
@@ -44,9 +55,21 @@ struct Scale {
     fingerprints: u32,
 }
 
-const SHORT: Scale =
-    Scale { slow: 100, endless: 20, idle: 2_000, idle_grpc: 1_500, resetting: 8, resets: 5_000, fingerprints: 2_000 };
+/// Those that have begun a body are as many as it takes to fill the room of all, if each has the smallest piece of it.
+const SHORT: Scale = Scale {
+    bare: 300,
+    begun: 1_100,
+    slow: 100,
+    endless: 20,
+    idle: 2_000,
+    idle_grpc: 1_500,
+    resetting: 8,
+    resets: 5_000,
+    fingerprints: 2_000,
+};
 const LONG: Scale = Scale {
+    bare: 500,
+    begun: 1_100,
     slow: 1_000,
     endless: 100,
     idle: 6_000,
@@ -142,14 +165,52 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
+/// The head of a POST over http, as HPACK writes it without a table: its path and an authority.
+fn head(path: &str) -> Vec<u8> {
+    [&[0x83, 0x86, 0x04][..], &text(path), &[0x01], &text("x")].concat()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [&[u8::try_from(text.len()).expect("short")][..], text.as_bytes()].concat()
+}
+
+/// As many requests as go on a connection, of which each has sent its head, and so much of a body that never ends.
+async fn unfinished(server: SocketAddr, n: usize, body: &'static [u8]) -> Complaint {
+    tokio::time::sleep(LATER + PACE * u32::try_from(n).unwrap_or(0)).await;
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind((ELSEWHERE, 0).into()).expect("all of 127.0.0.0/8 is this machine");
+    let Ok(mut stream) = socket.connect(server).await else { return Some("unfinished: not taken".to_owned()) };
+    let path = if n.is_multiple_of(10) { "/api/sync/worker" } else { "/api/sync" };
+    let mut bytes = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[])].concat();
+    for n in 0..STREAMS {
+        bytes.extend(frame(1, 4, 2 * n + 1, &head(path)));
+        if !body.is_empty() {
+            bytes.extend(frame(0, 0, 2 * n + 1, body));
+        }
+    }
+    let answered = async {
+        stream.write_all(&bytes).await?;
+        let mut answers = 0;
+        while answers < STREAMS {
+            let mut head = [0; 9];
+            stream.read_exact(&mut head).await?;
+            let [a, b, c, kind, ..] = head;
+            stream.read_exact(&mut vec![0; u32::from_be_bytes([0, a, b, c]) as usize]).await?;
+            answers += u32::from(kind == 1);
+        }
+        std::io::Result::Ok(())
+    };
+    // Closed is as good as answered.
+    let over = tokio::time::timeout(PATIENCE, answered).await.is_ok();
+    (!over).then(|| format!("unfinished: neither answered nor closed after {PATIENCE:?}"))
+}
+
 /// HTTP/2 rapid reset: requests that are taken back as soon as they are made.
 async fn resetting(server: SocketAddr, path: &'static str, resets: u32, cut: Arc<AtomicU32>) -> Complaint {
     let Ok(stream) = TcpStream::connect(server).await else { return None };
     let (mut from, mut to) = stream.into_split();
-    // POST, http, the path, an authority and gRPC's content type, as HPACK writes them without a table.
-    let text = |text: &str| [&[u8::try_from(text.len()).expect("short")][..], text.as_bytes()].concat();
-    let block =
-        [&[0x83, 0x86, 0x04][..], &text(path), &[0x01], &text("x"), &[0x0f, 0x10], &text("application/grpc")].concat();
+    // gRPC's content type, too.
+    let block = [&head(path)[..], &[0x0f, 0x10], &text("application/grpc")].concat();
     let attack = async {
         let mut bytes = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[])].concat();
         for n in 0..resets {
@@ -280,6 +341,12 @@ impl Rig {
         let good = self.good(token, done.clone());
         let (http, grpc) = (self.server.http, self.server.grpc);
         let mut peers: JoinSet<Vec<Complaint>> = JoinSet::new();
+        for n in 0..scale.bare {
+            peers.spawn(async move { vec![unfinished(http, n, b"").await] });
+        }
+        for n in 0..scale.begun {
+            peers.spawn(async move { vec![unfinished(http, n, b" ").await] });
+        }
         for n in 0..scale.slow {
             peers.spawn(async move { vec![slow(http, n % 2 == 0).await] });
         }

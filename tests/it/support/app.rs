@@ -13,7 +13,7 @@ use opsmantik::http::client_address::TrustedProxies;
 use opsmantik::http::limit::RateLimit;
 use opsmantik::http::serve::{Limits, serve};
 use opsmantik::http::signature::Verifier;
-use opsmantik::http::{BODY_ROOM, BodyRoom, PublicState, public_router};
+use opsmantik::http::{PublicState, body_room, delivery_room, public_router};
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use opsmantik::store::Store;
@@ -73,7 +73,8 @@ impl App {
             proxies: Arc::new(TrustedProxies::new("127.0.0.0/8".parse().into_iter().collect())),
             verifier: Arc::new(Verifier::new(&["sig_current", "sig_next"], RECEIVER)),
             body_patience: Duration::from_secs(1),
-            body_room: BodyRoom::new(BODY_ROOM),
+            body_room: body_room(),
+            delivery_room: delivery_room(),
         };
         adapt(&mut state);
         let stop = CancellationToken::new();
