@@ -33,6 +33,7 @@ use crate::telemetry;
 use waiting::WaitingRoom;
 
 mod batch;
+pub mod followers;
 pub(crate) mod queue;
 mod room;
 mod tempo;

@@ -14,6 +14,7 @@ mod clients;
 mod cluster;
 mod dead_letters;
 mod feed;
+mod followers;
 mod grpc;
 mod http;
 mod import;
