@@ -27,7 +27,7 @@ use crate::http::limit::RateLimit;
 use crate::http::serve::{Limits, serve};
 use crate::http::{self, PublicState, public_router};
 use crate::keeper::{self, Nudge};
-use crate::pipeline::{Pipeline, PipelineConfig};
+use crate::pipeline::{Pipeline, PipelineConfig, followers};
 use crate::queue::Transport;
 use crate::queue::nats::{self, Nats, NatsTransport};
 use crate::queue::qstash::QstashTransport;
@@ -182,6 +182,7 @@ impl Server {
         ];
         if settings.role == Role::All {
             tasks.push(tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())));
+            tasks.push(tokio::spawn(followers::sweep(store.clone(), end_tasks.clone())));
             tasks.push(tokio::spawn(calls::sweep(store, end_tasks.clone())));
         }
         tracing::info!(http.addr = %http_addr, grpc.addr = %grpc_addr, admin.addr = %admin_addr, "listening");

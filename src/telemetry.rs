@@ -22,6 +22,10 @@ pub const BATCH_SECONDS: &str = "opsmantik_batch_seconds";
 pub const BATCH_EVENTS: &str = "opsmantik_batch_events";
 /// Batches that were tried again, by fault.
 pub const BATCH_RETRIES_TOTAL: &str = "opsmantik_batch_retries_total";
+/// Fingerprints of which more sessions follow a paid visit than its batch corrects, and that wait to be corrected behind it.
+pub const LATE_FOLLOWERS: &str = "opsmantik_late_followers";
+/// Sessions that were looked at again behind the batch of a paid visit.
+pub const LATE_FOLLOWERS_LOOKED_AT_TOTAL: &str = "opsmantik_late_followers_looked_at_total";
 /// Requests answered on the public listener, by route and status.
 pub const HTTP_REQUESTS_TOTAL: &str = "opsmantik_http_requests_total";
 /// Seconds from the head of a request to its answer, by route.

@@ -2,16 +2,16 @@
 //!
 //! Pass the gates of the sites and lock sessions and fingerprints by name; load the sessions from the three months they can be in; insert the
 //! events and learn which are new; merge the new ones into their sessions (pure); write them. Only of sessions whose history is not settled:
-//! ask for it. Only when a paid visit appeared or moved: look for the stored sessions that follow it, ask for their history, correct them.
+//! ask for it. Only when a paid visit appeared or moved: look for the stored sessions that follow it, ask for their history, correct them,
+//! or note them if there are too many for a batch (`followers.rs`).
 //! Only when something came in that calls may care for: note the calls that have to be matched again.
 //!
 //! A step that does not need the answer of the one before is sent along with it, so a batch waits for the database about five times.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use chrono::{DateTime, Utc};
-
-use crate::domain::ads_history::{self, Reach, WINDOW};
+use super::followers;
+use crate::domain::ads_history;
 use crate::domain::attribution::Attribution;
 use crate::domain::event::Event;
 use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
@@ -20,7 +20,7 @@ use crate::domain::outcome::{Outcome, Receipt};
 use crate::domain::rematch::Touched;
 use crate::domain::session::Session;
 use crate::domain::signal::SignalSet;
-use crate::store::ads_history::{Follower, Visit};
+use crate::store::ads_history::Visit;
 use crate::store::error::StoreError;
 use crate::store::locks::{self, LockName};
 use crate::store::transaction::{Purpose, Transaction};
@@ -248,7 +248,7 @@ async fn attribute(
 
     let reaches = changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after));
     let moved: HashSet<LockName> =
-        reaches.map(|reach| LockName::fingerprint(reach.key.site_id, &reach.fingerprint)).collect();
+        reaches.map(|reach| LockName::fingerprint(reach.site_id, &reach.fingerprint)).collect();
     let settled = |change: &Change| {
         ads_history::settled(change.before.as_ref(), &change.after)
             && lock(&change.after).is_none_or(|name| !late.contains(&name) && !moved.contains(&name))
@@ -256,7 +256,7 @@ async fn attribute(
     let open: Vec<SessionKey> = changes.iter().filter(|(_, change)| !settled(change)).map(|(key, _)| *key).collect();
     let asked: Vec<Visit> =
         open.iter().map(|key| &changes[key].after).filter(|session| !session.is_direct()).filter_map(visit).collect();
-    let answers = judge(tx, &asked, changes).await?;
+    let answers = followers::judge(tx, &asked, &own(changes)).await?;
     let assisted: HashSet<SessionKey> =
         asked.iter().zip(answers).filter(|(_, follows)| *follows).map(|(visit, _)| visit.key).collect();
     for key in open {
@@ -267,48 +267,18 @@ async fn attribute(
     Ok(())
 }
 
-/// Looks again at stored sessions whose earlier paid visit appeared or moved with this batch; those that it corrected.
+/// Corrects the stored sessions whose earlier paid visit appeared or moved with this batch; those that it corrected.
 async fn correct_followers(
     tx: &Transaction<'_>,
     changes: &BTreeMap<SessionKey, Change>,
 ) -> Result<Vec<SessionKey>, StoreError> {
-    let reaches: Vec<Reach> =
-        changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after)).collect();
-    let known: Vec<SessionKey> = changes.keys().copied().collect();
-    let followers = store::ads_history::followers(tx, &reaches, &known).await?;
-    let visits: Vec<Visit> = followers.iter().map(|follower| follower.visit.clone()).collect();
-    let answers = judge(tx, &visits, changes).await?;
-    let fixes: Vec<(Follower, Attribution)> = followers
-        .into_iter()
-        .zip(answers)
-        .map(|(follower, follows)| {
-            (follower, if follows { Attribution::AdsAssisted } else { Attribution::OrganicReferral })
-        })
-        .filter(|(follower, attribution)| follower.attribution != *attribution)
-        .collect();
-    store::ads_history::correct(tx, &fixes).await?;
-    Ok(fixes.into_iter().map(|(follower, _)| follower.visit.key).collect())
+    let reaches = changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after));
+    followers::correct(tx, ads_history::joined(reaches), &own(changes)).await
 }
 
-/// For each visit: is there an earlier paid visit in its window, in the table or among the batch's own sessions?
-async fn judge(
-    tx: &Transaction<'_>,
-    visits: &[Visit],
-    changes: &BTreeMap<SessionKey, Change>,
-) -> Result<Vec<bool>, StoreError> {
-    let known: Vec<SessionKey> = changes.keys().copied().collect();
-    let in_table = store::ads_history::follow_an_ad(tx, visits, &known).await?;
-    let mut paid: HashMap<(SiteId, &str), Vec<DateTime<Utc>>> = HashMap::new();
-    for session in changes.values().map(|change| &change.after).filter(|session| session.is_direct()) {
-        if let Some(fingerprint) = session.fingerprint() {
-            paid.entry((session.key.site_id, fingerprint)).or_default().push(session.created_at);
-        }
-    }
-    let in_batch = |visit: &Visit| {
-        let times = paid.get(&(visit.key.site_id, visit.fingerprint.as_str()));
-        times.is_some_and(|times| times.iter().any(|at| *at < visit.created_at && *at >= visit.created_at - WINDOW))
-    };
-    Ok(visits.iter().zip(in_table).map(|(visit, in_table)| in_table || in_batch(visit)).collect())
+/// The sessions of the batch as they will be.
+fn own(changes: &BTreeMap<SessionKey, Change>) -> Vec<&Session> {
+    changes.values().map(|change| &change.after).collect()
 }
 
 fn visit(session: &Session) -> Option<Visit> {

@@ -36,6 +36,7 @@ use crate::telemetry;
 use waiting::WaitingRoom;
 
 mod batch;
+pub mod followers;
 mod locked;
 mod room;
 mod tempo;

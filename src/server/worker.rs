@@ -1,4 +1,4 @@
-//! A server without doors: stores what edges left in the stream, keeps the months, and matches calls again.
+//! A server without doors: stores what edges left in the stream, keeps the months, corrects followers and matches calls again.
 
 use std::net::SocketAddr;
 
@@ -15,7 +15,7 @@ use crate::directory::Directory;
 use crate::http::admin::{AdminState, QueueState, admin_router};
 use crate::http::serve::{Limits, serve};
 use crate::keeper::{self, Nudge};
-use crate::pipeline::{Pipeline, PipelineConfig};
+use crate::pipeline::{Pipeline, PipelineConfig, followers};
 use crate::queue::nats::{self, Nats};
 use crate::store::Store;
 use crate::telemetry;
@@ -53,6 +53,7 @@ impl Worker {
         let tasks = vec![
             tokio::spawn(serve(listener, admin, Limits::default(), end_tasks.clone())),
             tokio::spawn(keeper::run(store.clone(), nudge, end_tasks.clone())),
+            tokio::spawn(followers::sweep(store.clone(), end_tasks.clone())),
             tokio::spawn(calls::sweep(store, end_tasks.clone())),
             tokio::spawn(telemetry::fold_samples(end_tasks.clone())),
         ];

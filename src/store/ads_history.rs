@@ -1,24 +1,26 @@
 //! The ads history of fingerprints, read from `sessions`: which sessions follow a paid visit. The rule is [`crate::domain::ads_history`]'s.
 //!
-//! Every statement binds the months that the 90 days can touch, and leaves out the sessions that the caller is about to write: of
-//! those it knows better than the table. Runs under the fingerprints' locks, see [`super::locks`].
+//! Every statement binds the months that the 90 days can touch. Runs under the fingerprints' locks, see [`super::locks`].
 
 use chrono::{DateTime, Utc};
+use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
+use super::columns::Unreadable;
 use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::Transaction;
-use crate::domain::ads_history::{Reach, months_between};
+use crate::domain::ads_history::{Place, Reach, months_between};
 use crate::domain::attribution::Attribution;
-use crate::domain::id::{SessionId, SessionKey, SiteId};
+use crate::domain::id::{SessionId, SessionKey};
 use crate::domain::month::Month;
 use crate::domain::session::with_history;
 use crate::domain::signal::SignalSet;
 
 crate::statement!(
-    /// For each asked (site, fingerprint, time): is there a direct session in the window before it? The months are told one by one: between two
+    /// For each asked (site, fingerprint, time): is there a direct session in the window before it? Those that the caller is about to write are
+    /// left out: of them it knows better than the table. The months are told one by one: between two
     /// ends the planner, who knows nothing of a new month, would as soon read all sessions of the site in the order of the primary key.
     EARLIER_ADS,
     Months::Of(1),
@@ -34,20 +36,29 @@ crate::statement!(
 );
 
 crate::statement!(
-    /// The sessions that a direct session reaches. Looked up reach by reach, as `LOAD_SESSIONS`, and the months as in `EARLIER_ADS`.
+    /// Sessions that each reach touches, direct or not and in no order, so that no more rows are read than are asked for. Looked up reach by
+    /// reach, as `LOAD_SESSIONS`, and the months as in `EARLIER_ADS`.
     LATER_SESSIONS,
     Months::Of(1),
-    [DATE_ARRAY, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY, DATE_ARRAY, UUID_ARRAY],
-    "SELECT DISTINCT s.site_id, s.created_month, s.id, s.fingerprint, s.created_at, s.signals, s.attribution \
-     FROM unnest($2, $3, $4, $5) AS reach (site_id, fingerprint, after, until) \
+    [DATE_ARRAY, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8],
+    "SELECT s.created_month, s.id, s.created_at, s.signals, s.attribution, reach.position \
+     FROM unnest($2, $3, $4, $5) WITH ORDINALITY AS reach (site_id, fingerprint, after, until, position) \
      CROSS JOIN LATERAL ( \
-       SELECT s.site_id, s.created_month, s.id, s.fingerprint, s.created_at, s.signals, s.attribution FROM public.sessions s \
+       SELECT s.created_month, s.id, s.created_at, s.signals, s.attribution FROM public.sessions s \
        WHERE s.site_id = reach.site_id AND s.fingerprint = reach.fingerprint \
-         AND s.created_at > reach.after AND s.created_at <= reach.until \
-         AND s.created_month = ANY ($1) AND s.attribution <> 'Direct-to-Ads' OFFSET 0) AS s \
-     WHERE NOT EXISTS (SELECT FROM unnest($6, $7, $8) AS known (site_id, month, id) \
-                       WHERE known.id = s.id AND known.month = s.created_month AND known.site_id = s.site_id) \
-     ORDER BY s.site_id, s.created_month, s.id"
+         AND s.created_at > reach.after AND s.created_at <= reach.until AND s.created_month = ANY ($1) LIMIT $6) AS s"
+);
+
+crate::statement!(
+    /// The sessions of one reach in one month from a place on, direct or not, in the order of the index. Over several months the planner, who
+    /// cannot know how many there are, would read and sort them all.
+    NEXT_LATER_SESSIONS,
+    Months::In(&[1]),
+    [DATE, UUID, TEXT, TIMESTAMPTZ, UUID, TIMESTAMPTZ, INT8],
+    "SELECT s.created_month, s.id, s.created_at, s.signals, s.attribution FROM public.sessions s \
+     WHERE s.created_month = $1 AND s.site_id = $2 AND s.fingerprint = $3 \
+       AND (s.created_at, s.id) >= ($4, $5) AND s.created_at <= $6 \
+     ORDER BY s.created_at, s.id LIMIT $7"
 );
 
 crate::statement!(
@@ -74,6 +85,26 @@ pub struct Follower {
     pub visit: Visit,
     pub signals: SignalSet,
     pub attribution: Attribution,
+}
+
+/// What lies in reaches.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Followers {
+    /// Those that are not direct themselves, of reaches that have not too many.
+    pub found: Vec<Follower>,
+    /// Reaches that have more than was asked for.
+    pub left: Vec<Reach>,
+}
+
+/// What comes next in a reach.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Next {
+    /// Those that are not direct themselves.
+    pub found: Vec<Follower>,
+    /// How many were looked at.
+    pub looked_at: usize,
+    /// Where the next one is, if there is one.
+    pub left: Option<Place>,
 }
 
 /// Keys as arrays.
@@ -124,39 +155,68 @@ pub async fn follow_an_ad(
     rows.iter().map(|row| row.try_get(0).map_err(|error| StoreError::unreadable(EARLIER_ADS.name, error))).collect()
 }
 
-/// The stored sessions that `reaches` touch and that are not direct themselves, except those in `known`.
-pub async fn followers(
-    tx: &Transaction<'_>,
-    reaches: &[Reach],
-    known: &[SessionKey],
-) -> Result<Vec<Follower>, StoreError> {
+/// The stored sessions that `reaches` touch, of reaches that touch `most` or fewer. Those that are direct themselves count, and follow nobody.
+pub async fn followers(tx: &Transaction<'_>, reaches: &[Reach], most: usize) -> Result<Followers, StoreError> {
     let after: Vec<_> = reaches.iter().map(|reach| reach.after).collect();
     let until: Vec<_> = reaches.iter().map(|reach| reach.until).collect();
-    let Some(months) = span(after.iter().chain(&until).copied()) else { return Ok(Vec::new()) };
-    let sites: Vec<_> = reaches.iter().map(|reach| reach.key.site_id.as_uuid()).collect();
+    let Some(months) = span(after.iter().chain(&until).copied()) else { return Ok(Followers::default()) };
+    let sites: Vec<_> = reaches.iter().map(|reach| reach.site_id.as_uuid()).collect();
     let fingerprints: Vec<_> = reaches.iter().map(|reach| reach.fingerprint.as_str()).collect();
-    let known = Keys::of(known.iter());
-    let params: [&(dyn ToSql + Sync); 8] =
-        [&months, &sites, &fingerprints, &after, &until, &known.sites, &known.months, &known.ids];
+    let params: [&(dyn ToSql + Sync); 6] = [&months, &sites, &fingerprints, &after, &until, &one_more_than(most)];
     let rows = tx.query(&LATER_SESSIONS, &params).await?;
-    rows.iter()
-        .map(|row| -> Result<Follower, Box<dyn std::error::Error + Send + Sync>> {
-            Ok(Follower {
-                visit: Visit {
-                    key: SessionKey {
-                        site_id: SiteId::from_uuid(row.try_get(0)?),
-                        month: Month::containing(row.try_get(1)?),
-                        id: SessionId::from_uuid(row.try_get(2)?),
-                    },
-                    fingerprint: row.try_get(3)?,
-                    created_at: row.try_get(4)?,
-                },
-                signals: SignalSet::from_bits(row.try_get(5)?),
-                attribution: Attribution::from_name(row.try_get(6)?).ok_or("unknown attribution")?,
-            })
-        })
-        .collect::<Result<_, _>>()
-        .map_err(|error| StoreError::unreadable(LATER_SESSIONS.name, error))
+    let mut by_reach: Vec<Vec<&Row>> = vec![Vec::new(); reaches.len()];
+    for row in &rows {
+        let position: i64 = row.try_get(5).map_err(|error| StoreError::unreadable(LATER_SESSIONS.name, error))?;
+        let reach = usize::try_from(position - 1).ok().and_then(|place| by_reach.get_mut(place));
+        reach.ok_or_else(|| StoreError::unreadable(LATER_SESSIONS.name, "a reach that was not asked for"))?.push(row);
+    }
+    let mut followers = Followers::default();
+    for (reach, rows) in reaches.iter().zip(by_reach) {
+        if rows.len() > most {
+            followers.left.push(reach.clone());
+            continue;
+        }
+        for row in rows {
+            let read = follower(row, reach).map_err(|error| StoreError::unreadable(LATER_SESSIONS.name, error))?;
+            followers.found.extend(read);
+        }
+    }
+    Ok(followers)
+}
+
+/// The stored sessions that a reach touches in the month of a place, from there on, at most so many.
+pub async fn next_followers(tx: &Transaction<'_>, reach: &Reach, from: Place, most: usize) -> Result<Next, StoreError> {
+    let (month, site, id) = (from.month.first_day(), reach.site_id.as_uuid(), from.id.as_uuid());
+    let params: [&(dyn ToSql + Sync); 7] =
+        [&month, &site, &reach.fingerprint, &from.created_at, &id, &reach.until, &one_more_than(most)];
+    let rows = tx.query(&NEXT_LATER_SESSIONS, &params).await?;
+    let read = || -> Result<Next, Unreadable> {
+        let (looked_at, rest) = rows.split_at(most.min(rows.len()));
+        let place = |row: &Row| -> Result<Place, Unreadable> {
+            Ok(Place { created_at: row.try_get(2)?, id: SessionId::from_uuid(row.try_get(1)?), ..from })
+        };
+        let left = rest.first().map(place).transpose()?;
+        let found = looked_at.iter().filter_map(|row| follower(row, reach).transpose()).collect::<Result<_, _>>()?;
+        Ok(Next { found, looked_at: looked_at.len(), left })
+    };
+    read().map_err(|error| StoreError::unreadable(NEXT_LATER_SESSIONS.name, error))
+}
+
+/// One more tells that there are more.
+fn one_more_than(most: usize) -> i64 {
+    i64::try_from(most).unwrap_or(i64::MAX).saturating_add(1)
+}
+
+/// Nothing for one that is direct itself.
+fn follower(row: &Row, reach: &Reach) -> Result<Option<Follower>, Unreadable> {
+    let attribution = Attribution::from_name(row.try_get(4)?).ok_or("unknown attribution")?;
+    if attribution == Attribution::DirectToAds {
+        return Ok(None);
+    }
+    let (month, id) = (Month::containing(row.try_get(0)?), SessionId::from_uuid(row.try_get(1)?));
+    let key = SessionKey { site_id: reach.site_id, month, id };
+    let visit = Visit { key, fingerprint: reach.fingerprint.clone(), created_at: row.try_get(2)? };
+    Ok(Some(Follower { visit, signals: SignalSet::from_bits(row.try_get(3)?), attribution }))
 }
 
 /// Writes the attribution of sessions, with the signals and the score that follow from it. `fixes` are sorted by key.

@@ -15,6 +15,7 @@ mod direct;
 pub mod error;
 pub mod events;
 pub mod feed;
+pub mod late_followers;
 pub mod locks;
 pub mod migrate;
 pub mod partitions;

@@ -168,16 +168,18 @@ pub async fn at_rest(admin: &Client) {
     }
 }
 
-/// Waits until no call is left that something late has touched.
+/// Waits until no call and no follower of a paid visit is left that something late has touched.
 pub async fn calls_settled(admin: &Client) -> Result<(), String> {
     let began = Instant::now();
     loop {
-        let waiting = count(admin, "SELECT count(*) FROM opsmantik.call_rematches").await;
+        let waiting =
+            "SELECT (SELECT count(*) FROM opsmantik.call_rematches) + (SELECT count(*) FROM opsmantik.late_followers)";
+        let waiting = count(admin, waiting).await;
         if waiting == 0 {
             return Ok(());
         }
         if began.elapsed() > Duration::from_secs(30) {
-            return Err(format!("{waiting} calls are never matched again"));
+            return Err(format!("{waiting} calls and followers are never looked at again"));
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -15,6 +15,7 @@ mod cluster;
 mod connections;
 mod dead_letters;
 mod feed;
+mod followers;
 mod grpc;
 mod http;
 mod import;

@@ -23,11 +23,11 @@ use crate::support::events::{Spec, at};
 const MONTHS: [&str; 8] =
     ["2026-01-01", "2026-02-01", "2026-03-01", "2026-04-01", "2026-05-01", "2026-06-01", "2026-07-01", "2026-08-01"];
 
-fn sites() -> [SiteId; 2] {
+pub fn sites() -> [SiteId; 2] {
     [SiteId::from_uuid(Uuid::from_u128(0xA)), SiteId::from_uuid(Uuid::from_u128(0xB))]
 }
 
-async fn prepared() -> Database {
+pub async fn prepared() -> Database {
     let database = database().await;
     for (site, name) in sites().into_iter().zip(["a", "b"]) {
         database.site_with_id(name, site).await;
@@ -97,17 +97,17 @@ fn telephone(rng: &mut StdRng, round: u64, events: &[Event]) -> Vec<Push> {
 }
 
 /// What calls come to. When they were matched and written is not part of the idea.
-async fn calls_of(database: &Database) -> Vec<serde_json::Value> {
+pub async fn calls_of(database: &Database) -> Vec<serde_json::Value> {
     let whole = "to_jsonb(c) - '{matched_at,created_at,updated_at}'::text[]";
     database.rows(&format!("SELECT {whole} AS call FROM calls c ORDER BY site_id, id")).await
 }
 
-fn pipeline(database: &Database, writers: usize, batch: usize) -> Pipeline {
+pub fn pipeline(database: &Database, writers: usize, batch: usize) -> Pipeline {
     let config = PipelineConfig { writers, batch, patience: Duration::from_secs(60), ..PipelineConfig::default() };
     Pipeline::start(database.store.clone(), Nudge::default(), config)
 }
 
-fn assert_durable(outcomes: &[Outcome]) {
+pub fn assert_durable(outcomes: &[Outcome]) {
     assert!(outcomes.iter().all(|o| matches!(o, Outcome::Stored(_) | Outcome::Duplicate(_))), "{outcomes:?}");
 }
 
@@ -185,7 +185,9 @@ async fn any_order_repetition_batching_and_number_of_writers_stores_the_same() {
         for (expected, stored) in expected.iter().zip(&stored) {
             assert_eq!(expected, stored, "calls, seed {seed}");
         }
-        assert_eq!(shuffled.count("SELECT count(*) FROM opsmantik.call_rematches").await, 0, "nothing waits");
+        for waiting in ["call_rematches", "late_followers"] {
+            assert_eq!(shuffled.count(&format!("SELECT count(*) FROM opsmantik.{waiting}")).await, 0, "nothing waits");
+        }
         let methods = shuffled.count("SELECT count(DISTINCT match_method) FROM calls").await;
         assert_eq!(methods, 4, "the calls have something of everything");
         let assisted = "SELECT count(*) FROM sessions WHERE attribution = 'Ads-Assisted'";

@@ -150,6 +150,15 @@ pub const TABLES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "opsmantik.late_followers",
+        &[
+            "table, row security forced, identity key",
+            // The note of a fingerprint moves ahead, or back; what was noted when stays.
+            "opsmantik_service may DELETE, INSERT, SELECT, UPDATE (all but fingerprint, noted_at, site_id)",
+            "policy opsmantik_service, ALL to opsmantik_service using true check true",
+        ],
+    ),
+    (
         "opsmantik.vanished",
         &[
             "table, row security forced, identity key",

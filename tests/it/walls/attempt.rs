@@ -215,6 +215,7 @@ fn changes(kind: &str) -> &'static [(&'static str, &'static str)] {
         "public.dead_letters" => &[("tries", "77"), ("replayed_at", "now()"), ("payload", "'another'")],
         "public.api_tokens" => &[("last_used_at", "now()"), ("revoked_at", "now()"), ("scopes", "'{calls:write}'")],
         "opsmantik.call_rematches" => &[("call_id", "gen_random_uuid()")],
+        "opsmantik.late_followers" => &[("until", "'2020-01-01'"), ("noted_at", "'2020-01-01'")],
         "opsmantik.vanished" => &[("cause", "'attach'")],
         "opsmantik.attached" => &[("link", "'another'")],
         "opsmantik.schema_history" => &[("name", "'another'")],
@@ -254,6 +255,12 @@ fn new_row(table: &Table, site: Uuid) -> Option<String> {
         "opsmantik.call_rematches" => {
             let letter = if site == A { 'a' } else { 'b' };
             format!("(site_id, call_id) VALUES ('{site}', md5('{letter}2')::uuid)")
+        }
+        "opsmantik.late_followers" => {
+            format!(
+                "(site_id, fingerprint, after, until, month, since, since_id) \
+             VALUES ('{site}', 'new', now(), now(), '2026-03-01', now(), '{site}')"
+            )
         }
         "opsmantik.vanished" => {
             format!("(tab, month, site_id, xid, cause) VALUES ('calls', '-infinity', '{site}', '2', 'delete')")

@@ -63,6 +63,7 @@ pub fn reads(actor: &Actor, table: &Table) -> (Columns, May) {
             | "public.calls"
             | "public.dead_letters"
             | "opsmantik.call_rematches"
+            | "opsmantik.late_followers"
             | "opsmantik.vanished",
         ) => (Columns::ALL, true),
         ("opsmantik_service", "public.sites") => {
@@ -98,6 +99,9 @@ pub fn writes(actor: &Actor, table: &Table) -> (Columns, May) {
             (Columns::Only(&["tries", "last_error", "replayed_at"]), May::Of(ALL))
         }
         ("opsmantik_service", "public.api_tokens") => (Columns::Only(&["last_used_at"]), May::Of(ALL)),
+        ("opsmantik_service", "opsmantik.late_followers") => {
+            (Columns::But(&["site_id", "fingerprint", "noted_at"]), May::Of(ALL))
+        }
         ("opsmantik_operator", "public.sites") => (Columns::But(&["id", "public_id", "created_at"]), May::Of(ALL)),
         ("opsmantik_operator", "public.site_members") => (Columns::Only(&["role"]), May::Of(ALL)),
         ("opsmantik_operator", "public.api_tokens") => {
@@ -117,7 +121,12 @@ pub fn adds(actor: &Actor, table: &Table) -> May {
         ("authenticated", "public.site_members") => May::Of(actor.manages),
         (
             "opsmantik_service",
-            "public.sessions" | "public.events" | "public.calls" | "public.dead_letters" | "opsmantik.call_rematches",
+            "public.sessions"
+            | "public.events"
+            | "public.calls"
+            | "public.dead_letters"
+            | "opsmantik.call_rematches"
+            | "opsmantik.late_followers",
         ) => May::Of(ALL),
         ("opsmantik_operator", "public.sites" | "public.site_members" | "public.api_tokens") => May::Of(ALL),
         ("service_role", _) => key(actor, table),
@@ -129,7 +138,7 @@ pub fn adds(actor: &Actor, table: &Table) -> May {
 pub fn removes(actor: &Actor, table: &Table) -> May {
     match (actor.role, table.kind.as_str()) {
         ("authenticated", "public.site_members") => May::Of(actor.manages),
-        ("opsmantik_service", "opsmantik.call_rematches") => May::Of(ALL),
+        ("opsmantik_service", "opsmantik.call_rematches" | "opsmantik.late_followers") => May::Of(ALL),
         ("service_role", _) => key(actor, table),
         _ => May::Not,
     }

@@ -196,7 +196,7 @@ impl World {
             database.admin.batch_execute(&add).await.expect("a member");
         }
         let tables = tables(&database.admin).await;
-        assert!(tables.len() >= 10 + 12, "ten tables, and the leaves of six months");
+        assert!(tables.len() >= 11 + 12, "eleven tables, and the leaves of six months");
         for table in tables.iter().filter(|table| table.site_column() != "NULL::uuid") {
             for site in [A, B] {
                 assert!(!table.rows_of(&[site]).is_empty(), "{} shows something", table.name);
@@ -224,6 +224,8 @@ const FILL: &str = "
     INSERT INTO api_tokens (site_id, token_hash, scopes) VALUES ($SITE, sha256('$LETTER'), '{calls:read}');
     INSERT INTO api_tokens (all_sites, token_hash, scopes) VALUES (true, sha256('every $LETTER'), '{calls:read}');
     INSERT INTO opsmantik.call_rematches (site_id, call_id) VALUES ($SITE, md5('$LETTER1')::uuid);
+    INSERT INTO opsmantik.late_followers (site_id, fingerprint, after, until, month, since, since_id)
+    VALUES ($SITE, '$LETTER', '2026-03-02', '2026-05-31', '2026-03-01', '2026-03-02', $SITE);
     INSERT INTO opsmantik.vanished (tab, month, site_id, xid, cause) VALUES ('calls', '-infinity', $SITE, '1', 'delete');
 ";
 
