@@ -7,10 +7,9 @@
 //!                      full: wait
 //! ```
 //!
-//! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Where
-//! there is enough for two, they are written beside each other, each with half of the sites that have something, so that one is understood
-//! while the database works on the other; a third begins when it is full, or after a moment (`tempo.rs`). The rooms are counted in bytes, so
-//! memory stays flat.
+//! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Two
+//! batches are written beside each other, each with half of the sites that have something, so that one is understood while the database works
+//! on the other; a third begins when it is full, or after a moment (`tempo.rs`). The rooms are counted in bytes, so memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
 //! Sites share it fairly. Each has a lane of its own (`fair_queue.rs`) in which events keep the order of their coming, and gets its turn in

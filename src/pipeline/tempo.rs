@@ -1,7 +1,7 @@
 //! When the next batch is due, and how many events it may have.
 //!
 //! The first begins at once. One beside it begins as soon as it is worthwhile, and no later than a moment after: a batch costs the database as
-//! much as some thirty events, so what comes in a few at a time is better written together. With [`ABREAST`] of them a further one gathers a
+//! much as a dozen events, so what comes in one by one is better written together. With [`ABREAST`] of them a further one gathers a
 //! little longer, or until it is full. Batches that come near the end of the patience become smaller.
 
 use std::time::{Duration, Instant};
@@ -12,9 +12,9 @@ use crate::fair_queue::Load;
 /// Up to so many batches are written beside each other without waiting until one is full, each with its share of the sites that have something.
 pub(super) const ABREAST: usize = 2;
 /// So many events are worth a batch beside another.
-pub(super) const WORTHWHILE: usize = 64;
+const WORTHWHILE: usize = 16;
 /// So long fewer of them wait for others, unless nothing is being written.
-pub(super) const MOMENT: Duration = Duration::from_millis(10);
+const MOMENT: Duration = Duration::from_millis(3);
 /// So long a batch gathers beyond those abreast, unless it is full before. Half as many batches of twice the size cost the database far
 /// less; where it is far away, its writers still overlap.
 pub(super) const GATHERING: Duration = Duration::from_millis(20);
@@ -102,11 +102,6 @@ impl Tempo {
         } else {
             Due::At(since + patience)
         }
-    }
-
-    /// Of how many of so many sites a batch takes something: half of them go into the one beside it, if there is enough for two.
-    pub fn share(&self, ready: Load, sites: usize) -> usize {
-        if ready.items < ABREAST * WORTHWHILE.min(self.batch) { sites } else { sites.div_ceil(ABREAST) }
     }
 
     /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as
