@@ -57,8 +57,8 @@ pub struct PipelineConfig {
     pub room_bytes: usize,
     /// The same for events of those who wait for room.
     pub patient_room_bytes: usize,
-    /// Within this time from its coming (of who can wait for room: from the beginning of its batch) an event is stored or called unavailable,
-    /// retries included. Three quarters of it are the longest wait for a writer.
+    /// Within this time from its coming an event is stored or called unavailable, retries included. Three quarters of it are the longest wait
+    /// for a writer; of who can wait for longer, an eighth of it after that.
     pub patience: Duration,
 }
 

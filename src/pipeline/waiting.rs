@@ -88,7 +88,7 @@ struct Place {
 pub(super) struct Batch {
     /// To be taken out and written.
     pub events: Vec<Event>,
-    /// When the oldest of them came.
+    /// When the oldest of them came; an eighth of the patience is left at least.
     pub since: Instant,
     answers: Vec<oneshot::Sender<Outcome>>,
     places: Vec<Place>,
@@ -269,9 +269,10 @@ impl WaitingRoom {
         let full = inside.queue.ready().items > 0;
         aside.into_iter().for_each(|site| inside.queue.release(site));
         sites.iter().for_each(|site| inside.queue.hold(*site));
-        // Who could wait for room has no patience to lose, and does not cost the others theirs.
+        // Who could wait for room may have waited for longer than the patience, and must not cost the others theirs.
         let begun = Instant::now();
-        let since = taken.iter().map(|waiting| if waiting.patient { begun } else { waiting.since }).min()?;
+        let since = taken.iter().map(|waiting| waiting.since).min()?;
+        let since = begun.checked_sub(self.config.patience * 7 / 8).map_or(since, |earliest| since.max(earliest));
         let left = inside.queue.ready().items;
         inside.tempo.taken(left);
         let mut batch = Batch {

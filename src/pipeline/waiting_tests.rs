@@ -152,11 +152,26 @@ async fn who_waits_too_long_for_a_writer_is_told_and_who_is_patient_is_not() {
     }
     let batch = room.batch().await.expect("it is open");
     assert_eq!(said(&batch), [(1, 2)]);
-    assert!(batch.since.elapsed() < Duration::from_millis(15), "its patience has only begun");
     busy(batch);
     patient.await.expect("it was settled");
     assert_eq!(room.inside().room.counted(usize::MAX), 50 * weight(&event(1, 0)));
     assert!(room.inside().room.admits(1_u128.to_site(), 50 * weight(&event(1, 0))), "their space is free");
+}
+
+#[tokio::test]
+async fn who_waited_for_longer_than_the_patience_leaves_some_of_it() {
+    let patience = Duration::from_millis(400);
+    let room = Arc::new(WaitingRoom::new(PipelineConfig { patience, ..PipelineConfig::default() }));
+    let _patient = room.take_patiently(event(1, 1)).await.expect("there is space");
+    tokio::time::sleep(patience * 2).await;
+    let batch = room.batch().await.expect("it is open");
+    assert!(batch.since.elapsed() < patience, "{:?}", batch.since.elapsed());
+    busy(batch);
+    let hurried = room.take(vec![event(1, 2)]).expect("there is space");
+    tokio::time::sleep(patience / 2).await;
+    let batch = room.batch().await.expect("it is open");
+    assert!(batch.since.elapsed() >= patience / 2, "from its coming");
+    drop((batch, hurried));
 }
 
 trait ToSite {
