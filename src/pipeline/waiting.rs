@@ -160,7 +160,7 @@ impl WaitingRoom {
         }
         sites.iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
         let since = Instant::now();
-        let gathers_anew = !inside.tempo.gathers();
+        let gathered = inside.tempo.gathers();
         let receivers = events.into_iter().zip(weights).map(|(event, weight)| {
             let (answer, receiver) = oneshot::channel();
             inside.seat(Waiting { event, counted: weight, since, patient: false, answer });
@@ -168,7 +168,7 @@ impl WaitingRoom {
         });
         let receivers = receivers.collect();
         self.look(&inside);
-        let ring = gathers_anew || inside.due() == Due::Now;
+        let ring = inside.wakes(gathered);
         drop(inside);
         if ring {
             self.bell.notify_one();
@@ -188,9 +188,9 @@ impl WaitingRoom {
             let counted = inside.patient.counted(weight);
             let waiting = Waiting { event, counted, since: Instant::now(), patient: true, answer };
             if inside.asking.is_empty() && inside.patient.fits(counted) {
-                let gathers_anew = !inside.tempo.gathers();
+                let gathered = inside.tempo.gathers();
                 inside.seat(waiting);
-                if gathers_anew || inside.due() == Due::Now {
+                if inside.wakes(gathered) {
                     self.bell.notify_one();
                 }
                 None
@@ -363,6 +363,11 @@ impl Inside {
         room.enter(site, waiting.counted);
         self.queue.push(site, waiting.counted, Box::new(waiting));
         self.tempo.gather(self.queue.ready().items);
+    }
+
+    /// Whether a writer has to hear of what was seated just now. If a batch `gathered` before, somebody waits for its moment already.
+    fn wakes(&self, gathered: bool) -> bool {
+        !gathered || self.due() == Due::Now
     }
 
     /// When the next batch is to be taken.

@@ -40,6 +40,8 @@ const REMATCH_WITHIN: Duration = Duration::from_secs(1);
 const BURY_WITHIN: Duration = Duration::from_millis(500);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
+/// Parts of a group that is taken apart by its visits.
+const PARTS: usize = 8;
 /// Making a month waits up to two seconds for the writers that are in its way, and is tried again this often.
 const MAKE_TRIES: usize = 3;
 
@@ -275,9 +277,6 @@ impl Writer {
 fn conflict_pause() -> Duration {
     Duration::from_millis(rand::random_range(1..=10))
 }
-
-/// Parts of a group that is taken apart by its visits.
-const PARTS: usize = 8;
 
 /// A group by its visits.
 enum Parted {
