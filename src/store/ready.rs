@@ -135,7 +135,7 @@ impl Ready {
             return format!("{opening}; {GENERIC}");
         }
         here.plans = Plans { at: Instant::now() + here.plans.next, next: (here.plans.next * 2).min(PLAN_LAST) };
-        format!("{PLAN_ANEW}; {opening}; {GENERIC}")
+        format!("{opening}; {PLAN_ANEW}; {GENERIC}")
     }
 
     /// A statement as it is ready here, or what it would be prepared from; that it was asked for is remembered.
