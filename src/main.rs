@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// What one thread allocates another frees, all the time, which the system's allocator does at a third of the server's cost.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     opsmantik::telemetry::start_logging();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use crate::domain::id::{SessionId, SiteId};
 
-/// A visit is not tried again before.
-const FOR: Duration = Duration::from_secs(10);
+/// A visit whose neighbours were stored is not tried again before.
+pub(super) const WHILE_OTHERS_ARE_STORED: Duration = Duration::from_secs(10);
+/// One that was alone: perhaps it is not the visit that is locked, but all of a site, or a table; then all is well as soon as that is over.
+pub(super) const WHILE_ALONE: Duration = Duration::from_secs(1);
 /// Most that are remembered.
 const MOST: usize = 10_000;
 
@@ -23,12 +25,12 @@ pub(super) struct LockedVisits {
 }
 
 impl LockedVisits {
-    pub fn add(&self, visit: Visit) {
+    pub fn add(&self, visit: Visit, away: Duration) {
         let now = Instant::now();
         let mut until = self.until();
         until.retain(|_, until| *until > now);
         if until.len() < MOST {
-            until.insert(visit, now + FOR);
+            until.insert(visit, now + away);
         }
     }
 

@@ -108,7 +108,8 @@ impl Tempo {
     /// for many is left in between: smaller batches would only make it worse.
     pub fn fit(&mut self, written: &Written) {
         let most = self.config.batch.max(1);
-        if written.took > self.config.patience / 2 {
+        // What takes long with so few events takes long for another reason than their number.
+        if written.took > self.config.patience / 2 && written.events > SMALLEST_BATCH {
             self.batch = self.batch.min((written.events / 2).max(SMALLEST_BATCH.min(most)));
         } else if written.took < self.config.patience / 4 && written.events >= self.batch {
             self.batch = (self.batch * 2).min(most);

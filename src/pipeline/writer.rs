@@ -14,7 +14,7 @@ use tokio::time::timeout_at;
 
 use super::PipelineConfig;
 use super::batch;
-use super::locked::{LockedVisits, Visit};
+use super::locked::{self, LockedVisits, Visit};
 use crate::calls;
 use crate::domain::event::Event;
 use crate::domain::id::{DeadLetterId, SiteId};
@@ -40,6 +40,8 @@ const REMATCH_WITHIN: Duration = Duration::from_secs(1);
 const BURY_WITHIN: Duration = Duration::from_millis(500);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
+/// A visit that is alone in its batch is tried again so often while somebody has locked it, a second each; then it has to come again.
+const ALONE_TRIES: usize = 2;
 /// Parts of a group that is taken apart by its visits.
 const PARTS: usize = 8;
 /// Making a month waits up to two seconds for the writers that are in its way, and is tried again this often.
@@ -93,7 +95,8 @@ impl Writer {
         asked_for: &mut BTreeSet<Month>,
         outcomes: &mut [Outcome],
     ) {
-        let mut any_stored = false;
+        let visits = group.iter().map(|(_, event)| visit(event)).collect::<BTreeSet<_>>().len();
+        let (mut any_stored, mut alone) = (false, 0);
         let mut groups = VecDeque::from([group]);
         while let Some(mut group) = groups.pop_front() {
             let written = self.write_patiently(&group, since, deadline).await;
@@ -107,12 +110,14 @@ impl Writer {
                 }
                 Err(error) if error.is_locked_out() => match part(group) {
                     Parted::Visits(parts) => groups.extend(parts),
-                    // Others are stored, so this visit is what is locked.
-                    Parted::One(visit, _) if any_stored => {
+                    // Others are stored, or it was alone and waited more than once: this visit is what is locked.
+                    Parted::One(visit, _) if any_stored || alone > ALONE_TRIES => {
                         tracing::warn!(%error, site.id = %visit.0, session.id = %visit.1, "somebody has locked a visit: its events have to come again");
-                        self.locked.add(visit);
+                        self.locked
+                            .add(visit, if any_stored { locked::WHILE_OTHERS_ARE_STORED } else { locked::WHILE_ALONE });
                     }
                     Parted::One(_, group) => {
+                        alone += usize::from(visits == 1);
                         tokio::time::sleep(conflict_pause()).await;
                         groups.push_back(group);
                     }
@@ -146,6 +151,10 @@ impl Writer {
         let mut pauses = PAUSES.iter();
         let mut conflicts = 0;
         loop {
+            // What is begun and dropped at once costs a connection.
+            if tokio::time::Instant::now() >= deadline {
+                return Err(StoreError::too_slow("write batch"));
+            }
             let written = timeout_at(deadline, batch::write(&self.store, &events)).await;
             let error = match written {
                 Ok(Ok(written)) => {
@@ -179,7 +188,7 @@ impl Writer {
     /// Matches again the calls that the batch has touched. They are noted, so what fails here is done soon after.
     async fn rematch(&self, sites: &[SiteId]) {
         let until = tokio::time::Instant::now() + REMATCH_WITHIN;
-        for site in sites {
+        for site in sites.iter().take_while(|_| tokio::time::Instant::now() < until) {
             match timeout_at(until, calls::settle(&self.store, *site)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, site.id = %site, "calls are matched again later"),

@@ -3,11 +3,12 @@
 use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
-use tokio_postgres::types::Json;
+use tokio_postgres::types::{Json, Type};
 use uuid::Uuid;
 
 use super::columns::{Columns, Unreadable};
 use super::error::StoreError;
+use super::rows::{Record, RowType, RowWriter, Rows};
 use super::statement::Months;
 use super::transaction::Transaction;
 use crate::domain::event::Event;
@@ -16,33 +17,34 @@ use crate::domain::month::Month;
 use crate::domain::signal::SignalSet;
 use crate::domain::stored;
 
-crate::statement!(
-    INSERT_EVENTS,
-    Months::Rows(2),
-    [
-        UUID_ARRAY,
-        DATE_ARRAY,
-        UUID_ARRAY,
-        UUID_ARRAY,
-        TIMESTAMPTZ_ARRAY,
-        TIMESTAMPTZ_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        FLOAT8_ARRAY,
-        INT4_ARRAY,
-        INT2_ARRAY,
-        JSONB_ARRAY,
-        TIMESTAMPTZ_ARRAY,
-    ],
-    "INSERT INTO public.events (site_id, session_month, id, session_id, created_at, occurred_at, url, referrer, \
-     event_category, event_action, event_label, event_value, signals, lead_score, metadata, received_at) \
-     SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) \
-     ON CONFLICT (site_id, session_month, id) DO NOTHING \
-     RETURNING site_id, session_month, id"
-);
+static NEW_COLUMNS: [(&str, Type); 16] = [
+    ("site_id", Type::UUID),
+    ("session_month", Type::DATE),
+    ("id", Type::UUID),
+    ("session_id", Type::UUID),
+    ("created_at", Type::TIMESTAMPTZ),
+    ("occurred_at", Type::TIMESTAMPTZ),
+    ("url", Type::TEXT),
+    ("referrer", Type::TEXT),
+    ("event_category", Type::TEXT),
+    ("event_action", Type::TEXT),
+    ("event_label", Type::TEXT),
+    ("event_value", Type::FLOAT8),
+    ("signals", Type::INT4),
+    ("lead_score", Type::INT2),
+    ("metadata", Type::JSONB),
+    ("received_at", Type::TIMESTAMPTZ),
+];
+
+static EVENT_ROW: RowType = RowType { name: "opsmantik.event_row", columns: || &NEW_COLUMNS };
+
+crate::statement!(INSERT_EVENTS, Months::Rows, [rows EVENT_ROW], {
+    let columns = NEW_COLUMNS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    format!(
+        "INSERT INTO public.events ({columns}) SELECT {columns} FROM unnest($1::opsmantik.event_row[]) \
+         ON CONFLICT (site_id, session_month, id) DO NOTHING RETURNING site_id, session_month, id"
+    )
+});
 
 crate::statement!(
     /// Looked up one by one, as `LOAD_SESSIONS`.
@@ -70,32 +72,7 @@ pub type EventKey = (SiteId, Month, EventId);
 
 /// Inserts events, each into the month of its session, and tells which were new. `events` are sorted and distinct by [`EventKey`].
 pub async fn insert(tx: &Transaction<'_>, events: &[(SessionKey, &Event)]) -> Result<HashSet<EventKey>, StoreError> {
-    fn column<'e, T>(events: &[(SessionKey, &'e Event)], pick: impl Fn(&SessionKey, &'e Event) -> T) -> Vec<T> {
-        events.iter().map(|(key, event)| pick(key, event)).collect()
-    }
-    let rows = tx
-        .query(
-            &INSERT_EVENTS,
-            &[
-                &column(events, |key, _| key.site_id.as_uuid()),
-                &column(events, |key, _| key.month.first_day()),
-                &column(events, |_, event| event.id.as_uuid()),
-                &column(events, |key, _| key.id.as_uuid()),
-                &column(events, |_, event| event.received_at),
-                &column(events, |_, event| event.occurred_at),
-                &column(events, |_, event| event.url.as_str()),
-                &column(events, |_, event| event.referrer.as_deref()),
-                &column(events, |_, event| event.category.as_str()),
-                &column(events, |_, event| event.action.as_str()),
-                &column(events, |_, event| event.label.as_deref()),
-                &column(events, |_, event| event.value),
-                &column(events, |_, event| event.signals.bits()),
-                &column(events, |_, event| i16::from(event.signals.score().get())),
-                &column(events, |_, event| Json(&event.metadata)),
-                &column(events, |_, event| event.imported_at),
-            ],
-        )
-        .await?;
+    let rows = tx.query(&INSERT_EVENTS, &[&Rows(events)]).await?;
     rows.iter()
         .map(|row| {
             let unreadable = |error| StoreError::unreadable(INSERT_EVENTS.name, error);
@@ -105,6 +82,28 @@ pub async fn insert(tx: &Transaction<'_>, events: &[(SessionKey, &Event)]) -> Re
             Ok((SiteId::from_uuid(site), Month::containing(month), EventId::from_uuid(id)))
         })
         .collect()
+}
+
+impl Record for (SessionKey, &Event) {
+    fn put(&self, row: &mut RowWriter<'_>) -> Result<(), Unreadable> {
+        let (key, event) = self;
+        row.put(&key.site_id.as_uuid())?;
+        row.put(&key.month.first_day())?;
+        row.put(&event.id.as_uuid())?;
+        row.put(&key.id.as_uuid())?;
+        row.put(&event.received_at)?;
+        row.put(&event.occurred_at)?;
+        row.put(&event.url.as_str())?;
+        row.put(&event.referrer)?;
+        row.put(&event.category.as_str())?;
+        row.put(&event.action.as_str())?;
+        row.put(&event.label)?;
+        row.put(&event.value)?;
+        row.put(&event.signals.bits())?;
+        row.put(&i16::from(event.signals.score().get()))?;
+        row.put(&Json(&event.metadata))?;
+        row.put(&event.imported_at)
+    }
 }
 
 /// The sessions to which stored events belong, of those with these ids in any of three months. An id that lies in two of them (which only a hand can

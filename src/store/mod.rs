@@ -23,6 +23,7 @@ pub mod pool;
 mod ready;
 pub mod rematches;
 pub mod retention;
+pub mod rows;
 pub mod scoring;
 pub mod sessions;
 pub mod sites;
@@ -70,6 +71,7 @@ impl Store {
         let connection = tokio::time::timeout(CONNECTION_WAIT, self.connection())
             .await
             .unwrap_or_else(|_| Err(StoreError::away(CONNECT, "no connection became free in time")))?;
+        connection.learn_rows().await?;
         if purpose == Purpose::Serve {
             connection.make_ready(&purpose.opening()).await?;
         }

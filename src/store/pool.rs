@@ -1,17 +1,21 @@
 //! Connections: TLS by `sslmode`, a bound on their number, and none returned in the middle of a transaction.
 
+use std::collections::HashMap;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio_postgres::config::SslMode;
+use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::direct::{self, Word};
 use super::error::{BEGIN, StoreError};
 use super::ready::{Habits, Ready};
+use super::rows::RowType;
+use super::statement::STATEMENTS;
 
 /// A statement that nobody waits for any more is cancelled within this time, or left to its own bound.
 const CANCEL_LIMIT: Duration = Duration::from_secs(3);
@@ -23,6 +27,8 @@ pub struct Connection {
     tls: Option<MakeRustlsConnect>,
     /// None behind a pooler.
     ready: Option<Ready>,
+    /// Arrays of rows, by the names of their types; see [`Connection::learn_rows`].
+    arrays: OnceLock<HashMap<&'static str, Type>>,
 }
 
 impl Connection {
@@ -42,6 +48,30 @@ impl Connection {
         ready.fill(&self.client, opening).await.map_err(|error| StoreError::of(BEGIN, error))?;
         self.set_in_transaction(false);
         Ok(())
+    }
+
+    /// Asks what numbers the types of rows have in this database, once. Between transactions only.
+    #[allow(clippy::disallowed_methods)] // beside every transaction
+    pub(super) async fn learn_rows(&self) -> Result<(), StoreError> {
+        if self.arrays.get().is_some() {
+            return Ok(());
+        }
+        let mut arrays = HashMap::new();
+        for rows in STATEMENTS.iter().filter_map(|statement| statement.rows) {
+            let told = self.client.query_typed(&rows.question(), &[]).await;
+            let told = told.map_err(|error| StoreError::of(BEGIN, error))?;
+            // A database that is older than this program: what needs the type says that it lacks.
+            let Some(row) = told.first() else { return Ok(()) };
+            arrays.insert(rows.name, rows.array(row.get(0), row.get(1)));
+        }
+        let _ = self.arrays.set(arrays);
+        Ok(())
+    }
+
+    /// The type of an array of such rows in this database.
+    pub(super) fn array_of(&self, rows: &'static RowType) -> Type {
+        let known = self.arrays.get().and_then(|arrays| arrays.get(rows.name));
+        known.cloned().unwrap_or_else(|| rows.array(0, 0))
     }
 
     pub(super) fn set_in_transaction(&self, open: bool) {
@@ -188,7 +218,8 @@ impl bb8::ManageConnection for Manager {
             self.refused.notify_waiters();
         }
         let (client, ready) = opened?;
-        Ok(Connection { client, in_transaction: AtomicBool::new(false), tls: self.tls.clone(), ready })
+        let (in_transaction, tls) = (AtomicBool::new(false), self.tls.clone());
+        Ok(Connection { client, in_transaction, tls, ready, arrays: OnceLock::new() })
     }
 
     async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {

@@ -8,11 +8,12 @@ use std::sync::LazyLock;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
-use tokio_postgres::types::{Json, ToSql};
+use tokio_postgres::types::{Json, ToSql, Type};
 use uuid::Uuid;
 
 use super::columns::{self, Lenient, Ordered, Unreadable};
 use super::error::StoreError;
+use super::rows::{Record, RowType, RowWriter, Rows};
 use super::statement::Months;
 use super::transaction::Transaction;
 use crate::domain::attribution::Attribution;
@@ -23,28 +24,28 @@ use crate::domain::session::{Field, First, Provenance, Session, Source, Stamp};
 use crate::domain::signal::{Signal, SignalSet};
 use crate::domain::traffic::{Traffic, TrafficRule};
 
-/// Columns that are not first-told texts, in the order of [`Columns::params`] and [`read`].
-const OWN_COLUMNS: [&str; 20] = [
-    "site_id",
-    "created_month",
-    "id",
-    "created_at",
-    "last_seen_at",
-    "event_count",
-    "attribution",
-    "signals",
-    "lead_score",
-    "traffic_source",
-    "traffic_medium",
-    "exit_page",
-    "click_ids",
-    "provenance",
-    "duration_sec",
-    "scroll_pct",
-    "cta_hovers",
-    "focus_dur",
-    "active_sec",
-    "call_signals",
+/// Columns that are not first-told texts.
+static OWN_COLUMNS: [(&str, Type); 20] = [
+    ("site_id", Type::UUID),
+    ("created_month", Type::DATE),
+    ("id", Type::UUID),
+    ("created_at", Type::TIMESTAMPTZ),
+    ("last_seen_at", Type::TIMESTAMPTZ),
+    ("event_count", Type::INT8),
+    ("attribution", Type::TEXT),
+    ("signals", Type::INT4),
+    ("lead_score", Type::INT2),
+    ("traffic_source", Type::TEXT),
+    ("traffic_medium", Type::TEXT),
+    ("exit_page", Type::TEXT),
+    ("click_ids", Type::JSONB),
+    ("provenance", Type::JSONB),
+    ("duration_sec", Type::INT4),
+    ("scroll_pct", Type::INT4),
+    ("cta_hovers", Type::INT4),
+    ("focus_dur", Type::INT4),
+    ("active_sec", Type::INT4),
+    ("call_signals", Type::INT4),
 ];
 
 /// First-told texts with a column of their own.
@@ -84,10 +85,15 @@ const OTHER_CLICKS: [(Field, &str); 5] = [
     (Field::Msclkid, "msclkid"),
 ];
 
-pub(super) static COLUMN_NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
-    let texts = TEXT_COLUMNS.iter().map(|(_, name)| *name);
-    OWN_COLUMNS.into_iter().chain(texts).collect()
+/// In the order of [`Record::put`] and [`read`].
+static COLUMNS: LazyLock<Vec<(&str, Type)>> = LazyLock::new(|| {
+    let texts = TEXT_COLUMNS.iter().map(|(_, name)| (*name, Type::TEXT));
+    OWN_COLUMNS.iter().cloned().chain(texts).collect()
 });
+
+pub(super) static COLUMN_NAMES: LazyLock<Vec<&str>> = LazyLock::new(|| COLUMNS.iter().map(|(name, _)| *name).collect());
+
+static SESSION_ROW: RowType = RowType { name: "opsmantik.session_row", columns: || &COLUMNS };
 
 crate::statement!(
     /// Looked up one by one (LATERAL, and OFFSET 0 keeps it so): of a month that is new the planner knows nothing, and would rather read all of it.
@@ -116,61 +122,15 @@ crate::statement!(
 
 crate::statement!(
     UPSERT_SESSIONS,
-    Months::Rows(2),
-    [
-        UUID_ARRAY,
-        DATE_ARRAY,
-        UUID_ARRAY,
-        TIMESTAMPTZ_ARRAY,
-        TIMESTAMPTZ_ARRAY,
-        INT8_ARRAY,
-        TEXT_ARRAY,
-        INT4_ARRAY,
-        INT2_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        JSONB_ARRAY,
-        JSONB_ARRAY,
-        INT4_ARRAY,
-        INT4_ARRAY,
-        INT4_ARRAY,
-        INT4_ARRAY,
-        INT4_ARRAY,
-        INT4_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-        TEXT_ARRAY,
-    ],
+    Months::Rows,
+    [rows SESSION_ROW],
     {
         let key = ["site_id", "created_month", "id"];
         let updates = COLUMN_NAMES.iter().filter(|name| !key.contains(name));
         format!(
-            "INSERT INTO public.sessions ({columns}) SELECT * FROM unnest({params}) \
+            "INSERT INTO public.sessions ({columns}) SELECT {columns} FROM unnest($1::opsmantik.session_row[]) \
              ON CONFLICT (site_id, created_month, id) DO UPDATE SET {updates}",
             columns = COLUMN_NAMES.join(", "),
-            params = (1..=COLUMN_NAMES.len()).map(|n| format!("${n}")).collect::<Vec<_>>().join(", "),
             updates = updates.map(|name| format!("{name} = excluded.{name}")).collect::<Vec<_>>().join(", "),
         )
     }
@@ -261,90 +221,37 @@ fn span(keys: impl Iterator<Item = SessionKey> + Clone) -> Option<(chrono::Naive
 
 /// Writes sessions whole. `sessions` are sorted and distinct by key, and locked.
 pub async fn upsert(tx: &Transaction<'_>, sessions: &[&Session]) -> Result<(), StoreError> {
-    let columns = Columns::of(sessions);
-    tx.query(&UPSERT_SESSIONS, &columns.params()).await?;
+    tx.query(&UPSERT_SESSIONS, &[&Rows(sessions)]).await?;
     Ok(())
 }
 
-/// Sessions as arrays, one a column.
-#[derive(Default)]
-struct Columns<'s> {
-    site_id: Vec<Uuid>,
-    created_month: Vec<chrono::NaiveDate>,
-    id: Vec<Uuid>,
-    created_at: Vec<DateTime<Utc>>,
-    last_seen_at: Vec<DateTime<Utc>>,
-    event_count: Vec<i64>,
-    attribution: Vec<&'static str>,
-    signals: Vec<i32>,
-    lead_score: Vec<i16>,
-    traffic_source: Vec<&'s str>,
-    traffic_medium: Vec<&'s str>,
-    exit_page: Vec<&'s str>,
-    click_ids: Vec<Json<BTreeMap<&'static str, &'s str>>>,
-    provenance: Vec<Json<Provenance>>,
-    gauges: [Vec<Option<i32>>; 5],
-    call_signals: Vec<i32>,
-    texts: [Vec<Option<&'s str>>; TEXT_COLUMNS.len()],
-}
-
-impl<'s> Columns<'s> {
-    fn of(sessions: &[&'s Session]) -> Self {
-        let mut columns = Self::default();
-        for session in sessions {
-            columns.push(session);
+impl Record for &Session {
+    fn put(&self, row: &mut RowWriter<'_>) -> Result<(), Unreadable> {
+        row.put(&self.key.site_id.as_uuid())?;
+        row.put(&self.key.month.first_day())?;
+        row.put(&self.key.id.as_uuid())?;
+        row.put(&self.created_at)?;
+        row.put(&self.last_seen_at)?;
+        row.put(&self.event_count)?;
+        row.put(&self.attribution().name())?;
+        let signals = self.signals();
+        row.put(&signals.bits())?;
+        row.put(&i16::from(signals.score().get()))?;
+        row.put(&self.source.traffic.source)?;
+        row.put(&self.source.traffic.medium)?;
+        row.put(&self.exit.value)?;
+        let clicks = OTHER_CLICKS.iter().filter_map(|(field, name)| Some((*name, self.first(*field)?)));
+        row.put(&Json(clicks.collect::<BTreeMap<_, _>>()))?;
+        row.put(&Json(self.provenance()))?;
+        let Gauges { duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec } = self.gauges;
+        for gauge in [duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec] {
+            row.put(&gauge)?;
         }
-        columns
-    }
-
-    fn push(&mut self, session: &'s Session) {
-        self.site_id.push(session.key.site_id.as_uuid());
-        self.created_month.push(session.key.month.first_day());
-        self.id.push(session.key.id.as_uuid());
-        self.created_at.push(session.created_at);
-        self.last_seen_at.push(session.last_seen_at);
-        self.event_count.push(session.event_count);
-        self.attribution.push(session.attribution().name());
-        self.signals.push(session.signals().bits());
-        self.lead_score.push(i16::from(session.score().get()));
-        self.traffic_source.push(&session.source.traffic.source);
-        self.traffic_medium.push(&session.source.traffic.medium);
-        self.exit_page.push(&session.exit.value);
-        let clicks = OTHER_CLICKS.iter().filter_map(|(field, name)| Some((*name, session.first(*field)?)));
-        self.click_ids.push(Json(clicks.collect()));
-        self.provenance.push(Json(session.provenance()));
-        let Gauges { duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec } = session.gauges;
-        for (column, gauge) in self.gauges.iter_mut().zip([duration_sec, scroll_pct, cta_hovers, focus_dur, active_sec])
-        {
-            column.push(gauge);
+        row.put(&self.call_signals.bits())?;
+        for (field, _) in TEXT_COLUMNS {
+            row.put(&self.first(field))?;
         }
-        self.call_signals.push(session.call_signals.bits());
-        for (column, (field, _)) in self.texts.iter_mut().zip(TEXT_COLUMNS) {
-            column.push(session.first(field));
-        }
-    }
-
-    fn params(&self) -> Vec<&(dyn ToSql + Sync)> {
-        let mut params: Vec<&(dyn ToSql + Sync)> = vec![
-            &self.site_id,
-            &self.created_month,
-            &self.id,
-            &self.created_at,
-            &self.last_seen_at,
-            &self.event_count,
-            &self.attribution,
-            &self.signals,
-            &self.lead_score,
-            &self.traffic_source,
-            &self.traffic_medium,
-            &self.exit_page,
-            &self.click_ids,
-            &self.provenance,
-        ];
-        params.extend(self.gauges.iter().map(|column| column as &(dyn ToSql + Sync)));
-        params.push(&self.call_signals);
-        params.extend(self.texts.iter().map(|column| column as &(dyn ToSql + Sync)));
-        params
+        Ok(())
     }
 }
 

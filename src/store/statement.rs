@@ -9,6 +9,8 @@ use chrono::NaiveDate;
 use linkme::distributed_slice;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type};
 
+use super::rows::RowType;
+
 /// All statements of the program.
 #[distributed_slice]
 pub static STATEMENTS: [Statement];
@@ -24,8 +26,8 @@ pub enum Months {
     Of(usize),
     /// Two parameters are the first and the last month.
     Between(usize, usize),
-    /// The parameter is an array, a month a row that is inserted.
-    Rows(usize),
+    /// Each row that is inserted tells its month.
+    Rows,
 }
 
 /// A statement. Run only through [`super::transaction::Transaction`].
@@ -35,10 +37,17 @@ pub struct Statement {
     pub name: &'static str,
     pub sql: fn() -> &'static str,
     pub params: &'static [Type],
+    /// Of what the one parameter is an array, where there are no others. In the text it stands with its type, so that PostgreSQL knows it, too.
+    pub rows: Option<&'static RowType>,
     pub months: Months,
 }
 
 impl Statement {
+    /// How many parameters it has.
+    pub fn arity(&self) -> usize {
+        self.params.len() + usize::from(self.rows.is_some())
+    }
+
     /// The months that these parameters bind, as SQL: a literal each, in the order of [`Months`]. None if one is no day and no array of days.
     pub fn months_of(&self, params: &[&(dyn ToSql + Sync)]) -> Option<Vec<String>> {
         let literal = |position: &usize| {
@@ -71,7 +80,7 @@ impl Months {
     /// The parameters that are months, from 1. Rows that are inserted find their leaves by themselves.
     fn positions(self) -> Vec<usize> {
         match self {
-            Self::None | Self::Rows(_) => Vec::new(),
+            Self::None | Self::Rows => Vec::new(),
             Self::In(positions) => positions.to_vec(),
             Self::Of(position) => vec![position],
             Self::Between(first, last) => vec![first, last],
@@ -112,7 +121,13 @@ fn literal(param: &(dyn ToSql + Sync), kind: &Type) -> Option<String> {
 /// Declares a statement and registers it.
 #[macro_export]
 macro_rules! statement {
+    ($(#[$doc:meta])* $name:ident, $months:expr, [rows $rows:ident], $sql:expr) => {
+        $crate::statement!(@ $(#[$doc])* $name, $months, &[], Some(&$rows), $sql);
+    };
     ($(#[$doc:meta])* $name:ident, $months:expr, [$($param:ident),* $(,)?], $sql:expr) => {
+        $crate::statement!(@ $(#[$doc])* $name, $months, &[$(tokio_postgres::types::Type::$param),*], None, $sql);
+    };
+    (@ $(#[$doc:meta])* $name:ident, $months:expr, $params:expr, $rows:expr, $sql:expr) => {
         $(#[$doc])*
         #[linkme::distributed_slice($crate::store::statement::STATEMENTS)]
         static $name: $crate::store::statement::Statement = $crate::store::statement::Statement {
@@ -121,7 +136,8 @@ macro_rules! statement {
                 static SQL: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| String::from($sql));
                 &SQL
             },
-            params: &[$(tokio_postgres::types::Type::$param),*],
+            params: $params,
+            rows: $rows,
             months: $months,
         };
     };
@@ -137,6 +153,7 @@ mod tests {
             name: "TEST",
             sql: || "SELECT $1, $2, $12 WHERE a IN ($2,$1) AND b = $10",
             params: &[Type::DATE, Type::DATE_ARRAY],
+            rows: None,
             months: Months::In(&[1, 2]),
         };
         let day: NaiveDate = "2026-11-01".parse().expect("a day");

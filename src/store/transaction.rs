@@ -157,20 +157,34 @@ impl<'a> Transaction<'a> {
         statement: &'static Statement,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        assert_eq!(statement.params.len(), params.len(), "{} is called as it is declared", statement.name);
+        assert_eq!(statement.arity(), params.len(), "{} is called as it is declared", statement.name);
         let client = self.connection().client();
         let found = self.ready().map(|ready| ready.find(statement, params));
         let started = Instant::now();
         self.busy.fetch_add(1, Ordering::Relaxed);
-        let typed = || -> Vec<_> { params.iter().copied().zip(statement.params.iter().cloned()).collect() };
         let rows = match found {
             Some(Found::Ready(ready)) => client.query(&ready, params).await,
-            Some(Found::Text(sql)) => client.query_typed(&sql, &typed()).await,
-            None => client.query_typed((statement.sql)(), &typed()).await,
+            Some(Found::Text(sql)) => self.query_text(&sql, statement, params).await,
+            None => self.query_text((statement.sql)(), statement, params).await,
         };
         self.busy.fetch_sub(1, Ordering::Relaxed);
         telemetry::time_statement(statement.name, started.elapsed(), rows.is_ok());
         rows.map_err(|error| StoreError::of(statement.name, error))
+    }
+
+    #[allow(clippy::disallowed_methods)] // the one place that may
+    async fn query_text(
+        &self,
+        sql: &str,
+        statement: &'static Statement,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        let mut types = statement.params.to_vec();
+        if let Some(rows) = statement.rows {
+            types.push(self.connection().array_of(rows));
+        }
+        let typed: Vec<_> = params.iter().copied().zip(types).collect();
+        self.connection().client().query_typed(sql, &typed).await
     }
 
     /// Commits. Only after this is anything durable.

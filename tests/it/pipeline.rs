@@ -107,6 +107,29 @@ async fn a_visit_that_somebody_has_locked_holds_up_nobody_else() {
     database.assert_counted().await;
 }
 
+#[tokio::test]
+async fn a_visit_that_somebody_has_locked_is_found_though_it_is_alone() {
+    let database = database().await;
+    let site = database.site("quiet").await.id;
+    let pipeline = start(&database.store, PipelineConfig::default());
+    let event = |id: u32| Spec::new(id, "locked", Utc::now()).event(site);
+    assert!(matches!(pipeline.submit(vec![event(1)]).await[0], Outcome::Stored(_)));
+    let person = crate::support::database::connect(&database.url).await;
+    person.batch_execute("BEGIN; UPDATE public.sessions SET city = 'X'").await.expect("one row");
+
+    let began = Instant::now();
+    assert_eq!(pipeline.submit(vec![event(2)]).await, [Outcome::Unavailable(Unavailable::Database)]);
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    let began = Instant::now();
+    assert_eq!(pipeline.submit(vec![event(2)]).await, [Outcome::Unavailable(Unavailable::Database)]);
+    assert!(began.elapsed() < Duration::from_millis(500), "it is known now: {:?}", began.elapsed());
+
+    person.batch_execute("ROLLBACK").await.expect("let go");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(matches!(pipeline.submit(vec![event(2)]).await[0], Outcome::Stored(_)));
+    database.assert_counted().await;
+}
+
 /// Breaks over every letter.
 struct Clumsy;
 

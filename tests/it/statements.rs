@@ -3,12 +3,15 @@
 
 use std::collections::BTreeSet;
 
+use bytes::BytesMut;
 use chrono::{DateTime, NaiveDate, Utc};
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::month::Month;
+use opsmantik::store::columns::Unreadable;
+use opsmantik::store::rows::{Record, RowWriter, Rows};
 use opsmantik::store::statement::{Months, STATEMENTS, Statement};
 use serde_json::{Value, json};
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use uuid::Uuid;
 
 use crate::support::database::{Database, database};
@@ -58,7 +61,62 @@ pub fn sample(statement: &Statement, site: SiteId) -> (Vec<Box<dyn ToSql + Sync 
             ref other => panic!("{}: teach this test a value of type {other}", statement.name),
         });
     }
+    if let Some(rows) = statement.rows {
+        months.insert(month(next));
+        values.push(Box::new(OneRow { kinds: (rows.columns)(), site, month: month(next) }));
+    }
     (values, months)
+}
+
+/// A row of a site in a month, as the parameter of a statement that takes rows.
+#[derive(Debug)]
+struct OneRow {
+    kinds: &'static [(&'static str, Type)],
+    site: SiteId,
+    month: Month,
+}
+
+impl Record for OneRow {
+    fn put(&self, row: &mut RowWriter<'_>) -> Result<(), Unreadable> {
+        for (name, kind) in self.kinds {
+            match *kind {
+                Type::DATE => row.put(&self.month.first_day()),
+                Type::UUID => row.put(&self.site.as_uuid()),
+                Type::TEXT => row.put(&"Direct-to-Ads"),
+                Type::TIMESTAMPTZ => row.put(&self.month.start()),
+                Type::INT2 => row.put(&1i16),
+                Type::INT4 => row.put(&1i32),
+                Type::INT8 => row.put(&1i64),
+                Type::FLOAT8 => row.put(&1f64),
+                Type::JSONB => row.put(&json!([])),
+                ref other => panic!("{name}: teach this test a column of type {other}"),
+            }?;
+        }
+        Ok(())
+    }
+}
+
+impl ToSql for OneRow {
+    fn to_sql(&self, kind: &Type, out: &mut BytesMut) -> Result<IsNull, Unreadable> {
+        Rows(std::slice::from_ref(self)).to_sql(kind, out)
+    }
+
+    fn accepts(kind: &Type) -> bool {
+        <Rows<'_, Self> as ToSql>::accepts(kind)
+    }
+
+    to_sql_checked!();
+}
+
+/// The types of a statement's parameters in this database.
+async fn types(database: &Database, statement: &Statement) -> Vec<Type> {
+    let mut types = statement.params.to_vec();
+    if let Some(rows) = statement.rows {
+        let ask = format!("SELECT oid, typarray FROM pg_type WHERE oid = to_regtype('{}')", rows.name);
+        let row = database.admin.query_one(&ask, &[]).await.expect("the type is there");
+        types.push(rows.array(row.get(0), row.get(1)));
+    }
+    types
 }
 
 /// The leaves that a plan names.
@@ -93,8 +151,9 @@ async fn touched(
     run: Run,
 ) -> (BTreeSet<String>, BTreeSet<Month>) {
     let (values, months) = sample(statement, site);
+    let types = types(database, statement).await;
     let typed: Vec<(&(dyn ToSql + Sync), Type)> =
-        values.iter().map(|value| &**value as &(dyn ToSql + Sync)).zip(statement.params.iter().cloned()).collect();
+        values.iter().map(|value| &**value as &(dyn ToSql + Sync)).zip(types).collect();
     let params: Vec<&(dyn ToSql + Sync)> = typed.iter().map(|(value, _)| *value).collect();
     let sql = (statement.sql)();
     let tx = database.admin.transaction().await.expect("a transaction");
@@ -171,7 +230,7 @@ async fn every_statement_stays_inside_the_months_that_it_binds() {
                 let (Some(first), Some(last)) = (first, last) else { panic!("{} binds no month", statement.name) };
                 (0..MONTHS).map(month).filter(|m| (first..=last).contains(m)).flat_map(leaves_named).collect()
             }
-            Months::In(_) | Months::Of(_) | Months::Rows(_) => months.iter().copied().flat_map(leaves_named).collect(),
+            Months::In(_) | Months::Of(_) | Months::Rows => months.iter().copied().flat_map(leaves_named).collect(),
         };
         if !matches!(statement.months, Months::None) {
             partitioned += 1;

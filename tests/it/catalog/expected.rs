@@ -158,6 +158,8 @@ pub const TABLES: &[(&str, &[&str])] = &[
             "policy opsmantik_service, ALL to opsmantik_service using true check true",
         ],
     ),
+    ("opsmantik.session_row", &["composite type"]),
+    ("opsmantik.event_row", &["composite type"]),
     (
         "opsmantik.vanished",
         &[
