@@ -12,9 +12,9 @@ use crate::sent::Sent;
 use crate::workload::Workload;
 
 /// Callers of `Ingest` at once.
-const CALLERS: usize = 8;
+const CALLERS: usize = 16;
 /// Streams at once.
-const STREAMS: usize = 2;
+const STREAMS: usize = 4;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Door {

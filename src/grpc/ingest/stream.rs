@@ -3,7 +3,7 @@
 //! The answering stream does the work itself: it reads a message only when the client takes acknowledgements, when fewer than
 //! [`MAX_IN_FLIGHT`] events of this stream are on their way, and when the pipeline has had room for the last one. Otherwise nothing is
 //! read, HTTP/2's window fills, and the sender waits: what is held back is the sender, in no memory of ours. What was read is handed
-//! over in a task of its own, so that it is stored even if the client is gone.
+//! over at once, or in a task of its own, so that it is stored even if the client is gone.
 //!
 //! A message is read only while its sender is known to be welcome. Nobody asks while the client takes no acknowledgements, so one that takes
 //! them up again waits for the answer first: a revoked token writes nothing more.
@@ -12,13 +12,14 @@
 //! acknowledgement is the sender's to send again.
 
 use std::future::{Future, pending, poll_fn};
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use chrono::Utc;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, FuturesUnordered, Stream, StreamExt};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, sleep_until};
@@ -86,10 +87,13 @@ async fn before<T>(late: Instant, reading: impl Future<Output = T>) -> Option<T>
     let (mut reading, mut late_comes) = (pin!(reading), pin!(sleep_until(late)));
     poll_fn(|context| {
         // The clock itself is asked: whoever was not polled for a while may find both ready.
-        if Instant::now() >= late || late_comes.as_mut().poll(context).is_ready() {
+        if Instant::now() >= late {
             return Poll::Ready(None);
         }
-        reading.as_mut().poll(context).map(Some)
+        match reading.as_mut().poll(context) {
+            Poll::Ready(read) => Poll::Ready(Some(read)),
+            Poll::Pending => late_comes.as_mut().poll(context).map(|()| None),
+        }
     })
     .await
 }
@@ -163,17 +167,8 @@ impl Intake {
                 },
                 took = joined(&mut self.taking), if self.taking.is_some() => {
                     self.taking = None;
-                    match took {
-                        Ok(Ok(Took::Refused(acknowledgement))) => return Some((Ok(acknowledgement), self)),
-                        Ok(Ok(Took::Event(ticket, taken))) => {
-                            self.bytes += ticket.bytes;
-                            self.in_flight.push(Box::pin(async move { (ticket, taken.outcome().await) }));
-                        }
-                        Ok(Err(status)) => self.close(status),
-                        Err(broken) => {
-                            tracing::error!(error = %broken, "taking an event broke");
-                            self.close(status::broken());
-                        }
+                    if let Some(acknowledgement) = self.took(took.unwrap_or_else(|_| Err(status::broken()))) {
+                        return Some((Ok(acknowledgement), self));
                     }
                 }
                 Some((ticket, outcome)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
@@ -185,11 +180,44 @@ impl Intake {
                 }
                 message = before(late, self.incoming.message()), if open && has_room && known => match message {
                     None => {}
-                    Some(Ok(Some(message))) => self.taking = Some(tokio::spawn(take(self.sender.clone(), message).in_current_span())),
+                    Some(Ok(Some(message))) => if let Some(acknowledgement) = self.begin(message) {
+                        return Some((Ok(acknowledgement), self));
+                    },
                     Some(Ok(None)) => self.ending = Some(Ok(())),
                     Some(Err(status)) => self.close(status),
                 },
             }
+        }
+        None
+    }
+
+    /// Takes a message, in a task of its own if that has to wait.
+    fn begin(&mut self, message: StreamIngestRequest) -> Option<StreamIngestResponse> {
+        let taking = AssertUnwindSafe(take(self.sender.clone(), message)).catch_unwind();
+        let mut taking = Box::pin(taking.map(|took| {
+            took.unwrap_or_else(|_| {
+                tracing::error!("taking an event broke");
+                Err(status::broken())
+            })
+        }));
+        match (&mut taking).now_or_never() {
+            Some(took) => self.took(took),
+            None => {
+                self.taking = Some(tokio::spawn(taking.in_current_span()));
+                None
+            }
+        }
+    }
+
+    /// What was taken is on its way; what was not is told.
+    fn took(&mut self, took: Result<Took, Status>) -> Option<StreamIngestResponse> {
+        match took {
+            Ok(Took::Refused(acknowledgement)) => return Some(acknowledgement),
+            Ok(Took::Event(ticket, taken)) => {
+                self.bytes += ticket.bytes;
+                self.in_flight.push(Box::pin(async move { (ticket, taken.outcome().await) }));
+            }
+            Err(status) => self.close(status),
         }
         None
     }
