@@ -18,6 +18,10 @@ use opsmantik::dev::progress::Progress;
 use report::Line;
 use rows::{ALL, Bench};
 
+/// The server's own: what it answers without storing is answered here.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 mod answering;
 mod copy;
 mod flood;

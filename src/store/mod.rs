@@ -40,7 +40,7 @@ use transaction::{Purpose, Transaction};
 #[derive(Clone)]
 pub struct Store {
     pool: bb8::Pool<Manager>,
-    manager: Manager,
+    manager: Arc<Manager>,
     /// Why the last batch of events could not be written, and when; none if it was.
     trouble: Arc<Mutex<Option<(Instant, String)>>>,
 }
@@ -56,7 +56,8 @@ impl Store {
     /// A store for a connection string; connects when it is first used.
     pub async fn new(url: &str, connections: u32) -> anyhow::Result<Self> {
         let manager = Manager::new(url)?;
-        Ok(Self { pool: pool::pool(manager.clone(), connections).await?, manager, trouble: Arc::default() })
+        let pool = pool::pool(manager.clone(), connections).await?;
+        Ok(Self { pool, manager: Arc::new(manager), trouble: Arc::default() })
     }
 
     /// Opens a transaction under the role of its purpose.

@@ -23,7 +23,7 @@ pub enum Door {
 }
 
 pub async fn measure(bench: &mut Bench, door: Door) -> anyhow::Result<Vec<Line>> {
-    let (rounds, events) = (bench.rounds(), bench.size(40_000, 8_000));
+    let (rounds, events) = (bench.rounds(), bench.size(80_000, 8_000));
     let (mut ours, mut copied) = (Side::default(), Side::default());
     for round in 1..=rounds {
         bench.say(format!("round {round} of {rounds}"));
