@@ -75,13 +75,13 @@ crate::statement!(
 );
 
 crate::statement!(
-    /// Of these sessions, those that a call is credited to.
+    /// Of these sessions, those that a call is credited to. Looked up one by one, or all calls of the site would be read.
     CREDITED_SESSIONS,
     Months::None,
     [UUID, DATE_ARRAY, UUID_ARRAY],
     "SELECT asked.month, asked.id FROM unnest($2, $3) AS asked (month, id) \
-     WHERE EXISTS (SELECT FROM public.calls c WHERE c.site_id = $1 AND c.matched_session_month = asked.month \
-                   AND c.matched_session_id = asked.id)"
+     CROSS JOIN LATERAL (SELECT FROM public.calls c WHERE c.site_id = $1 AND c.matched_session_month = asked.month \
+                         AND c.matched_session_id = asked.id LIMIT 1) AS credited"
 );
 
 crate::statement!(

@@ -30,14 +30,16 @@ pub(super) const COLUMNS: &str = "c.id, c.site_id, c.provider, c.provider_call_i
      c.sale_amount, c.sale_currency, c.reviewed_at, c.reviewed_by, c.created_at, c.updated_at";
 
 crate::statement!(
+    /// Looked up one by one: planned without their number, all calls of the site would be read for one. Nobody waits here, so the order of the
+    /// locks is nobody's matter.
     LOCK_CALLS_BY_KEY,
     Months::None,
     [UUID, TEXT_ARRAY, TEXT_ARRAY],
     format!(
-        "SELECT {COLUMNS} FROM public.calls c \
-         JOIN unnest($2, $3) AS wanted (provider, provider_call_id) \
-           ON c.provider = wanted.provider AND c.provider_call_id = wanted.provider_call_id \
-         WHERE c.site_id = $1 ORDER BY c.id FOR UPDATE OF c NOWAIT"
+        "SELECT {COLUMNS} FROM unnest($2, $3) AS wanted (provider, provider_call_id) \
+         CROSS JOIN LATERAL (SELECT * FROM public.calls k WHERE k.site_id = $1 AND k.provider = wanted.provider \
+           AND k.provider_call_id = wanted.provider_call_id OFFSET 0 FOR UPDATE NOWAIT) AS c \
+         ORDER BY c.id"
     )
 );
 
