@@ -76,6 +76,8 @@ BEGIN
     END IF;
 END
 $$;
+-- Where the owner's defaults keep types from everybody else.
+GRANT USAGE ON TYPE opsmantik.session_row, opsmantik.event_row TO opsmantik_service;
 COMMENT ON TYPE opsmantik.session_row IS 'A session as a server writes it.';
 COMMENT ON TYPE opsmantik.event_row IS 'An event as a server writes it.';
 

@@ -40,8 +40,8 @@ const REMATCH_WITHIN: Duration = Duration::from_secs(1);
 const BURY_WITHIN: Duration = Duration::from_millis(500);
 /// A conflict is tried again at once, this often.
 const CONFLICT_TRIES: usize = 10;
-/// A visit that is alone in its batch is tried again so often while somebody has locked it, a second each; then it has to come again.
-const ALONE_TRIES: usize = 2;
+/// A visit that is alone in its batch is tried so often while somebody has locked it, a second each; then it has to come again.
+const ALONE_TRIES: usize = 3;
 /// Parts of a group that is taken apart by its visits.
 const PARTS: usize = 8;
 /// Making a month waits up to two seconds for the writers that are in its way, and is tried again this often.
@@ -111,7 +111,7 @@ impl Writer {
                 Err(error) if error.is_locked_out() => match part(group) {
                     Parted::Visits(parts) => groups.extend(parts),
                     // Others are stored, or it was alone and waited more than once: this visit is what is locked.
-                    Parted::One(visit, _) if any_stored || alone > ALONE_TRIES => {
+                    Parted::One(visit, _) if any_stored || alone + 1 == ALONE_TRIES => {
                         tracing::warn!(%error, site.id = %visit.0, session.id = %visit.1, "somebody has locked a visit: its events have to come again");
                         self.locked
                             .add(visit, if any_stored { locked::WHILE_OTHERS_ARE_STORED } else { locked::WHILE_ALONE });

@@ -14,8 +14,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use super::direct::{self, Word};
 use super::error::{BEGIN, StoreError};
 use super::ready::{Habits, Ready};
-use super::rows::RowType;
-use super::statement::STATEMENTS;
+use super::rows::{self, RowType};
 
 /// A statement that nobody waits for any more is cancelled within this time, or left to its own bound.
 const CANCEL_LIMIT: Duration = Duration::from_secs(3);
@@ -51,20 +50,17 @@ impl Connection {
     }
 
     /// Asks what numbers the types of rows have in this database, once. Between transactions only.
-    #[allow(clippy::disallowed_methods)] // beside every transaction
     pub(super) async fn learn_rows(&self) -> Result<(), StoreError> {
         if self.arrays.get().is_some() {
             return Ok(());
         }
-        let mut arrays = HashMap::new();
-        for rows in STATEMENTS.iter().filter_map(|statement| statement.rows) {
-            let told = self.client.query_typed(&rows.question(), &[]).await;
-            let told = told.map_err(|error| StoreError::of(BEGIN, error))?;
-            // A database that is older than this program: what needs the type says that it lacks.
-            let Some(row) = told.first() else { return Ok(()) };
-            arrays.insert(rows.name, rows.array(row.get(0), row.get(1)));
+        // Whoever gives up while it waits gives up the connection.
+        self.set_in_transaction(true);
+        let arrays = rows::arrays(&self.client).await.map_err(|error| StoreError::of(BEGIN, error))?;
+        self.set_in_transaction(false);
+        if let Some(arrays) = arrays {
+            let _ = self.arrays.set(arrays);
         }
-        let _ = self.arrays.set(arrays);
         Ok(())
     }
 

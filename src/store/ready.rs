@@ -33,7 +33,7 @@ const PLAN_LAST: Duration = Duration::from_secs(30);
 const OFTEN: u32 = 3;
 /// Most statements that are kept or counted; then all are forgotten, and those still in use are soon there again.
 const MOST: usize = 256;
-/// What somebody's lock was in the way of is not tried again on the same connection before.
+/// What could not be prepared and may be later is not tried again on the same connection before.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// A statement, and the months that are written into it, as SQL.
@@ -105,8 +105,10 @@ struct Here {
     statements: HashMap<Kept, tokio_postgres::Statement>,
     /// The version of what is wanted that has been seen to.
     seen: usize,
-    /// When somebody was in the way of preparing; then some are still lacking.
+    /// When somebody's lock was in the way of preparing; then some are still lacking, and more are not tried meanwhile.
     held_up: Option<Instant>,
+    /// When some could not be prepared for another reason that may pass.
+    put_off: Option<Instant>,
     plans: Plans,
 }
 
@@ -155,7 +157,10 @@ impl Ready {
         let here = lock(&self.here);
         match here.held_up {
             Some(at) => at.elapsed() > TRY_AGAIN,
-            None => self.habits.version.load(Ordering::Relaxed) != here.seen,
+            None => {
+                self.habits.version.load(Ordering::Relaxed) != here.seen
+                    || here.put_off.is_some_and(|at| at.elapsed() > TRY_AGAIN)
+            }
         }
     }
 
@@ -168,55 +173,83 @@ impl Ready {
             here.statements.retain(|kept, _| wanted.contains(kept));
             wanted.into_iter().filter(|kept| !here.statements.contains_key(kept)).collect()
         };
-        let mut held_up = None;
-        while !missing.is_empty() && held_up.is_none() {
-            // The first that fails fails those after it.
-            let (prepared, failed) = prepare(client, opening, &missing).await?;
-            let rest = missing.split_off(prepared.len());
+        let (mut held_up, mut put_off) = (None, None);
+        while !missing.is_empty() {
+            let (prepared, culprit) = prepare(client, opening, &missing).await?;
             let mut here = lock(&self.here);
-            here.statements.extend(missing.into_iter().zip(prepared));
             here.plans = Plans::default();
-            drop(here);
-            missing = rest;
-            let Some(error) = failed else { break };
-            tracing::debug!(%error, statement = missing[0].statement.name, "a statement cannot be kept ready");
-            match passes(&error) {
-                true => held_up = Some(Instant::now()),
-                false => self.habits.give_up(&missing.remove(0)),
+            let asked = std::mem::take(&mut missing);
+            for (place, (kept, prepared)) in asked.into_iter().zip(prepared).enumerate() {
+                match (prepared, &culprit) {
+                    (Some(prepared), _) => drop(here.statements.insert(kept, prepared)),
+                    (None, Some((at, error))) if place == *at => {
+                        tracing::debug!(%error, statement = kept.statement.name, "a statement cannot be kept ready");
+                        match fate(error) {
+                            Fate::HeldUp => held_up = Some(Instant::now()),
+                            Fate::PutOff => put_off = Some(Instant::now()),
+                            Fate::GivenUp => self.habits.give_up(&kept),
+                        }
+                    }
+                    (None, _) => missing.push(kept),
+                }
+            }
+            if held_up.is_some() {
+                break;
             }
         }
         let mut here = lock(&self.here);
-        (here.seen, here.held_up) = (version, held_up);
+        (here.seen, here.held_up, here.put_off) = (version, held_up, put_off);
         Ok(())
     }
 }
 
-/// Prepares statements in one transaction, up to the first that cannot be, and tells why not.
+/// Statements as they were prepared, in the order in which they were asked for, and the place of the one that was in the way of those that were not.
+type Prepared = (Vec<Option<tokio_postgres::Statement>>, Option<(usize, tokio_postgres::Error)>);
+
+/// Prepares statements in one transaction. The first that fails fails those after it, and those whose types are not known yet: what a type is
+/// is asked after all of them.
 #[allow(clippy::disallowed_methods)] // beside every other transaction
-async fn prepare(
-    client: &Client,
-    opening: &str,
-    wanted: &[Kept],
-) -> Result<(Vec<tokio_postgres::Statement>, Option<tokio_postgres::Error>), tokio_postgres::Error> {
+async fn prepare(client: &Client, opening: &str, wanted: &[Kept]) -> Result<Prepared, tokio_postgres::Error> {
     client.batch_execute(opening).await?;
     let texts: Vec<String> = wanted.iter().map(Kept::sql).collect();
     let asked = wanted.iter().zip(&texts).map(|(kept, sql)| client.prepare_typed(sql, kept.statement.params));
     let answers = futures::future::join_all(asked).await;
     client.batch_execute("ROLLBACK").await?;
-    let mut prepared = Vec::with_capacity(wanted.len());
-    for answer in answers {
+    let (mut prepared, mut culprit) = (Vec::with_capacity(wanted.len()), None);
+    for (place, answer) in answers.into_iter().enumerate() {
         match answer {
-            Ok(statement) => prepared.push(statement),
-            Err(error) => return Ok((prepared, Some(error))),
+            Ok(statement) => prepared.push(Some(statement)),
+            Err(error) => {
+                prepared.push(None);
+                let came_after =
+                    |error: &tokio_postgres::Error| error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION);
+                if culprit.as_ref().is_none_or(|(_, first)| came_after(first) && !came_after(&error)) {
+                    culprit = Some((place, error));
+                }
+            }
         }
     }
-    Ok((prepared, None))
+    Ok((prepared, culprit))
 }
 
-/// Whether it may be otherwise in a while: somebody's lock was in the way.
-fn passes(error: &tokio_postgres::Error) -> bool {
-    let codes = [&SqlState::LOCK_NOT_AVAILABLE, &SqlState::QUERY_CANCELED, &SqlState::T_R_DEADLOCK_DETECTED];
-    error.code().is_none_or(|code| codes.contains(&code))
+/// What becomes of a statement that could not be prepared.
+enum Fate {
+    /// Somebody's lock was in the way, perhaps of others, too.
+    HeldUp,
+    /// It may be otherwise in a while: nobody has migrated yet, memory was short.
+    PutOff,
+    GivenUp,
+}
+
+fn fate(error: &tokio_postgres::Error) -> Fate {
+    let Some(code) = error.code() else { return Fate::HeldUp };
+    let locked = [&SqlState::LOCK_NOT_AVAILABLE, &SqlState::QUERY_CANCELED, &SqlState::T_R_DEADLOCK_DETECTED];
+    match code.code().get(..2) {
+        _ if locked.contains(&code) => Fate::HeldUp,
+        Some("42" | "53") => Fate::PutOff,
+        _ if *code == SqlState::IN_FAILED_SQL_TRANSACTION => Fate::PutOff,
+        _ => Fate::GivenUp,
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

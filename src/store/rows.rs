@@ -4,10 +4,14 @@
 //! columns that took a third of the time that writing it takes. A composite type has a number of its own in each database, so a
 //! connection asks for it once.
 
+use std::collections::HashMap;
+
 use bytes::{BufMut, BytesMut};
+use tokio_postgres::Client;
 use tokio_postgres::types::{Field, IsNull, Kind, ToSql, Type, to_sql_checked};
 
 use super::columns::Unreadable;
+use super::statement::STATEMENTS;
 
 /// A composite type of a migration. A column that is added later asks for another type: a server that is older than the database has to find
 /// the one that it knows.
@@ -20,18 +24,40 @@ pub struct RowType {
 }
 
 impl RowType {
-    /// How the type is asked for: its number and that of its array. No rows: there is no such type.
-    pub(super) fn question(&self) -> String {
-        format!("SELECT oid, typarray FROM pg_catalog.pg_type WHERE oid = pg_catalog.to_regtype('{}')", self.name)
+    /// How the type is asked for: its number and that of its array. No rows: there is no such type. By the catalog alone, which everybody may
+    /// read: the schema is open to the server's roles, and not to each login that may take them.
+    pub fn question(&self) -> String {
+        let (schema, name) = self.place();
+        format!(
+            "SELECT t.oid, t.typarray FROM pg_catalog.pg_type t JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
+             WHERE n.nspname = '{schema}' AND t.typname = '{name}'"
+        )
+    }
+
+    fn place(&self) -> (&'static str, &'static str) {
+        self.name.split_once('.').unwrap_or(("public", self.name))
     }
 
     /// The type of an array of such rows, by the numbers that the database gave.
     pub fn array(&self, oid: u32, array: u32) -> Type {
-        let (schema, name) = self.name.split_once('.').unwrap_or(("", self.name));
+        let (schema, name) = self.place();
         let fields = (self.columns)().iter().map(|(name, kind)| Field::new((*name).to_owned(), kind.clone())).collect();
         let row = Type::new(name.to_owned(), oid, Kind::Composite(fields), schema.to_owned());
         Type::new(format!("_{name}"), array, Kind::Array(row), schema.to_owned())
     }
+}
+
+/// The types of arrays of all rows that statements take, by the names of the rows. None if one is missing: the database is older than this program,
+/// and what needs the type says that it lacks.
+#[allow(clippy::disallowed_methods)] // beside every transaction
+pub(super) async fn arrays(client: &Client) -> Result<Option<HashMap<&'static str, Type>>, tokio_postgres::Error> {
+    let mut arrays = HashMap::new();
+    for rows in STATEMENTS.iter().filter_map(|statement| statement.rows) {
+        let told = client.query_typed(&rows.question(), &[]).await?;
+        let Some(row) = told.first() else { return Ok(None) };
+        arrays.insert(rows.name, rows.array(row.try_get(0)?, row.try_get(1)?));
+    }
+    Ok(Some(arrays))
 }
 
 /// Something that is written as a row.

@@ -311,8 +311,10 @@ async fn a_stop_does_not_wait_for_a_database_that_does_not_answer() {
     let line = Line::open(config).await;
     let mut talk = Talk::begin(line.client().await).await;
     let _blocker = locked(&line.database).await;
+    // Of many visits: one that is locked and alone would be told sooner.
     for n in 1..=5 {
-        talk.say(message(n)).await;
+        let visit = format!("visit {n}");
+        talk.say(StreamIngestRequest::of(format!("m{n}"), Some(Event { session_id: visit, ..event(n) }))).await;
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
     line.stop.cancel();
