@@ -32,6 +32,19 @@ async fn a_connection_that_ended_while_it_lay_there_is_not_handed_out() {
     }
 }
 
+#[tokio::test]
+async fn a_login_that_only_may_take_the_servers_role_stores_events() {
+    let database = database().await;
+    let login = format!("bare_{}", database.name);
+    let role = format!("CREATE ROLE {login} LOGIN NOINHERIT PASSWORD 'bare'; GRANT opsmantik_service TO {login}");
+    database.admin.batch_execute(&role).await.expect("a role");
+    let (head, tail) = database.url.split_once("://").expect("a URL");
+    let url = format!("{head}://{login}:bare@{}", tail.split_once('@').expect("a host").1);
+    let store = Store::new(&url, 2).await.expect("a URL");
+    stores(&database, &start(&store), 1..10).await;
+    store.ping().await.expect("ready");
+}
+
 /// Notes, at each statement that stores events, whether the server has it ready.
 const WATCH: &str = "CREATE TABLE public.seen (is_ready boolean); \
     CREATE FUNCTION public.watch() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN \
