@@ -35,8 +35,10 @@ const ATTACKS: u32 = 2;
 
 /// Requests at once on a connection of HTTP/2: as many as the server takes.
 const STREAMS: u32 = 16;
-/// Whose requests never end come from here, and whoever means well from another address.
+/// A client may fill its own part of the rooms, so whoever does has an address of its own: those whose requests never end ...
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+/// ... and those who pour. All others, and whoever means well, are at the usual one.
+const POURING: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
 /// They come when all that are idle have come, and one after the other, or the kernel's queue would be what is tried; all of them within the time
 /// that a body has.
 const LATER: Duration = Duration::from_secs(5);
@@ -60,7 +62,7 @@ const SHORT: Scale = Scale {
     bare: 300,
     begun: 1_100,
     slow: 100,
-    endless: 20,
+    endless: 100,
     idle: 2_000,
     idle_grpc: 1_500,
     resetting: 8,
@@ -129,9 +131,16 @@ async fn slow(server: SocketAddr, body: bool) -> Complaint {
     }
 }
 
+/// A connection from this address of the machine's own.
+async fn connect(from: Ipv4Addr, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((from, 0).into())?;
+    socket.connect(to).await
+}
+
 /// A body without an end, as fast as it goes.
 async fn endless(server: SocketAddr) -> Complaint {
-    let Ok(stream) = TcpStream::connect(server).await else { return Some("endless: not taken".to_owned()) };
+    let Ok(stream) = connect(POURING, server).await else { return Some("endless: not taken".to_owned()) };
     let (mut from, mut to) = stream.into_split();
     let head = format!("POST /api/sync HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nTransfer-Encoding: chunked\r\n\r\n");
     let piece = [&b"4000\r\n"[..], &[b' '; 0x4000], b"\r\n"].concat();
@@ -177,9 +186,7 @@ fn text(text: &str) -> Vec<u8> {
 /// As many requests as go on a connection, of which each has sent its head, and so much of a body that never ends.
 async fn unfinished(server: SocketAddr, n: usize, body: &'static [u8]) -> Complaint {
     tokio::time::sleep(LATER + PACE * u32::try_from(n).unwrap_or(0)).await;
-    let socket = TcpSocket::new_v4().expect("a socket");
-    socket.bind((ELSEWHERE, 0).into()).expect("all of 127.0.0.0/8 is this machine");
-    let Ok(mut stream) = socket.connect(server).await else { return Some("unfinished: not taken".to_owned()) };
+    let Ok(mut stream) = connect(ELSEWHERE, server).await else { return Some("unfinished: not taken".to_owned()) };
     let path = if n.is_multiple_of(10) { "/api/sync/worker" } else { "/api/sync" };
     let mut bytes = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[])].concat();
     for n in 0..STREAMS {
