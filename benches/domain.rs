@@ -131,14 +131,8 @@ fn match_rule(bencher: Bencher<'_, '_>, sessions: u32) {
     let id = |n: u32| EventId::from_uuid(Uuid::from_u128(u128::from(n)));
     let activity: Vec<Activity> =
         (0..sessions).map(|n| Activity { session: key(n), event: id(n), at: at(n) }).collect();
-    let click = |n: u32| Click {
-        session: key(n),
-        fingerprint: None,
-        event: id(n),
-        at: at(n),
-        number: Some(number.clone()),
-        whatsapp: false,
-    };
+    let click =
+        |n: u32| Click { session: key(n), event: id(n), at: at(n), number: Some(number.clone()), whatsapp: false };
     let clicks: Vec<Click> = (0..sessions).map(click).collect();
     let facts = Facts {
         site_id: site(),

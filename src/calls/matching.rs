@@ -11,10 +11,10 @@ use crate::domain::attribution::Attribution;
 use crate::domain::call::{CallKey, MatchMethod};
 use crate::domain::event::is_call_action;
 use crate::domain::id::{CallId, EventId, SessionKey, SiteId};
-use crate::domain::matching::{self, Candidate, Click, Facts, Match};
+use crate::domain::matching::{self, Activity, Candidate, Click, Facts, Match};
 use crate::domain::month::Month;
 use crate::domain::recorded::{Call, Found};
-use crate::domain::session::with_history;
+use crate::domain::session::{Session, with_history};
 use crate::domain::signal::{Signal, SignalSet};
 use crate::domain::telephone::E164;
 use crate::store;
@@ -26,16 +26,16 @@ use crate::store::transaction::Transaction;
 pub(super) async fn settle(
     tx: &Transaction<'_>,
     site: SiteId,
+    region: Option<&str>,
     mut calls: Vec<Call>,
     told: &[CallKey],
 ) -> Result<Vec<Call>, StoreError> {
     let told: HashSet<&CallKey> = told.iter().collect();
-    let region = store::sites::region(tx, site).await?;
     let mut stale = HashSet::new();
     let mut credits: BTreeSet<SessionKey> = BTreeSet::new();
     let open: Vec<usize> = (0..calls.len()).filter(|place| calls[*place].is_open()).collect();
     let asked: Vec<&Call> = open.iter().map(|place| &calls[*place]).collect();
-    let found = find(tx, site, &asked, region.as_deref()).await?;
+    let found = find(tx, site, &asked, region).await?;
     let moved: Vec<&Call> =
         asked.into_iter().zip(&found).filter(|(call, found)| call.found != **found).map(|(call, _)| call).collect();
     let outlived = outlived(tx, site, &moved).await?;
@@ -61,8 +61,14 @@ pub(super) async fn settle(
     }
     let (write, same): (Vec<Call>, Vec<Call>) =
         calls.into_iter().partition(|call| stale.contains(&call.id) || told.contains(&call.key));
-    let mut written = store::calls::write(tx, site, &write).await?;
-    credit(tx, site, &credits).await?;
+    let credits: Vec<SessionKey> = credits.into_iter().collect();
+    let (written, credited, sessions) = tokio::join!(
+        store::calls::write(tx, site, &write),
+        store::call_evidence::credited(tx, site, &credits),
+        store::sessions::load_keys(tx, site, &credits),
+    );
+    let mut written = written?;
+    credit(tx, site, &credited?, sessions?).await?;
     written.extend(same);
     Ok(written)
 }
@@ -90,14 +96,18 @@ async fn find(
 ) -> Result<Vec<Found>, StoreError> {
     let inbound: Vec<&Call> = calls.iter().copied().filter(|call| call.is_inbound()).collect();
     let activity = store::call_evidence::activity(tx, site, &inbound).await?;
-    let conversions = store::call_evidence::conversions(tx, site, &inbound).await?;
-    let mut seen = activity.into_iter().zip(conversions);
+    let activity: HashMap<CallId, Vec<Activity>> = inbound.iter().map(|call| call.id).zip(activity).collect();
+    let seen = |call: &Call| activity.get(&call.id).map_or(&[][..], Vec::as_slice);
+    let unknown: Vec<&Call> =
+        inbound.into_iter().filter(|call| matching::needs_clicks(&Facts::of(site, &call.told), seen(call))).collect();
+    let conversions = store::call_evidence::conversions(tx, site, &unknown).await?;
+    let mut conversions: HashMap<CallId, Vec<Conversion>> =
+        unknown.iter().map(|call| call.id).zip(conversions).collect();
     let mut clicks = Clicks { region, known: HashMap::new() };
     let decide = |call: &&Call| {
-        let (activity, conversions) =
-            if call.is_inbound() { seen.next().unwrap_or_default() } else { Default::default() };
+        let conversions = conversions.remove(&call.id).unwrap_or_default();
         let clicks: Vec<Click> = conversions.into_iter().filter_map(|conversion| clicks.read(conversion)).collect();
-        matching::decide(&Facts::of(site, &call.told), &activity, &clicks)
+        matching::decide(&Facts::of(site, &call.told), seen(call), &clicks)
     };
     let decisions = calls.iter().map(decide).collect();
     freeze(tx, site, calls, decisions).await
@@ -114,7 +124,7 @@ struct Clicks<'r> {
 impl Clicks<'_> {
     /// The click on a number, if the conversion is one.
     fn read(&mut self, conversion: Conversion) -> Option<Click> {
-        let Conversion { session, fingerprint, event, at, action, label } = conversion;
+        let Conversion { session, event, at, action, label } = conversion;
         if !is_call_action(&action) {
             return None;
         }
@@ -122,11 +132,11 @@ impl Clicks<'_> {
             Entry::Occupied(known) => known.get().clone(),
             Entry::Vacant(new) => {
                 let (action, label) = new.key();
-                let click = Click::read(session, None, (event, at), (action, label.as_deref()), self.region);
+                let click = Click::read(session, (event, at), (action, label.as_deref()), self.region);
                 new.insert((click.number, click.whatsapp)).clone()
             }
         };
-        Some(Click { session, fingerprint, event, at, number, whatsapp })
+        Some(Click { session, event, at, number, whatsapp })
     }
 }
 
@@ -155,10 +165,6 @@ async fn freeze(
         .into_iter()
         .map(|mut decision| {
             let mut signals = SignalSet::EMPTY;
-            if decision.method != MatchMethod::Fingerprint {
-                // Only what speaks for a candidate is noted of it. A session's fingerprint may be told late, and would not be missed.
-                decision.candidates.iter_mut().for_each(|candidate| candidate.fingerprint = None);
-            }
             if let Some(credit) = decision.credited.as_mut() {
                 let Standing { raised, attribution, fingerprint } = standings.next().unwrap_or_default();
                 signals = with_history(raised, attribution.unwrap_or(Attribution::OrganicReferral));
@@ -170,17 +176,16 @@ async fn freeze(
 }
 
 /// Settles for each session whether a call is credited to it, and with that its signals and score.
-async fn credit(tx: &Transaction<'_>, site: SiteId, sessions: &BTreeSet<SessionKey>) -> Result<(), StoreError> {
-    if sessions.is_empty() {
-        return Ok(());
-    }
-    let keys: Vec<SessionKey> = sessions.iter().copied().collect();
-    let credited: HashSet<SessionKey> = store::call_evidence::credited(tx, site, &keys).await?.into_iter().collect();
-    let mut changed = store::sessions::load_keys(tx, site, &keys).await?;
-    changed.retain_mut(|session| {
+async fn credit(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    credited: &[SessionKey],
+    mut sessions: Vec<Session>,
+) -> Result<(), StoreError> {
+    sessions.retain_mut(|session| {
         let raised: SignalSet =
             credited.contains(&session.key).then_some(Signal::PrimaryConversion).into_iter().collect();
         std::mem::replace(&mut session.call_signals, raised) != raised
     });
-    store::sessions::set_call_signals(tx, site, &changed).await
+    store::sessions::set_call_signals(tx, site, &sessions).await
 }

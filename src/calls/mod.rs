@@ -224,11 +224,18 @@ impl From<StoreError> for Failed {
 }
 
 async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec<Recorded>, StoreError> {
-    let tx = store.begin(Purpose::Serve).await?;
-    locks::close(&tx, site).await?;
     let keys: Vec<_> = pushes.iter().map(|push| &push.key).collect();
-    let stored = store::calls::lock_by_key(&tx, site, &keys).await?;
-    let mut calls: HashMap<_, Call> = stored.into_iter().map(|call| (call.key.clone(), call)).collect();
+    let tx = store.reserve(Purpose::Serve).await?;
+    let (begun, closed, region, stored) = tokio::join!(
+        tx.enter(),
+        locks::close(&tx, site),
+        store::sites::region(&tx, site),
+        store::calls::lock_by_key(&tx, site, &keys),
+    );
+    begun?;
+    closed?;
+    let region = region?;
+    let mut calls: HashMap<_, Call> = stored?.into_iter().map(|call| (call.key.clone(), call)).collect();
     let mut changed = Vec::new();
     let mut effects = Vec::with_capacity(pushes.len());
     for push in pushes {
@@ -249,7 +256,7 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec
     }
     let mut all: Vec<Call> = calls.into_values().collect();
     all.sort_by_key(|call| call.id);
-    let written = matching::settle(&tx, site, all, &changed).await?;
+    let written = matching::settle(&tx, site, region.as_deref(), all, &changed).await?;
     tx.commit().await?;
 
     let written: HashMap<_, &Call> = written.iter().map(|call| (&call.key, call)).collect();
@@ -276,8 +283,9 @@ async fn settle_some(store: &Store, site: SiteId) -> Result<bool, StoreError> {
         tx.rollback().await?;
         return Ok(false);
     }
+    let region = store::sites::region(&tx, site).await?;
     let calls = store::calls::lock(&tx, site, &noted).await?;
-    matching::settle(&tx, site, calls, &[]).await?;
+    matching::settle(&tx, site, region.as_deref(), calls, &[]).await?;
     store::rematches::forget(&tx, site, &noted).await?;
     tx.commit().await?;
     metrics::counter!(telemetry::CALLS_REMATCHED_TOTAL).increment(noted.len() as u64);
@@ -320,7 +328,8 @@ async fn review_once(
         return Ok(None);
     };
     if call.is_open() {
-        if let Some(matched) = matching::settle(&tx, site, vec![call.clone()], &[]).await?.pop() {
+        let region = store::sites::region(&tx, site).await?;
+        if let Some(matched) = matching::settle(&tx, site, region.as_deref(), vec![call.clone()], &[]).await?.pop() {
             call = matched;
         }
         store::rematches::forget(&tx, site, &[id]).await?;

@@ -91,8 +91,6 @@ pub struct Activity {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Click {
     pub session: SessionKey,
-    /// The session's.
-    pub fingerprint: Option<String>,
     pub event: EventId,
     pub at: DateTime<Utc>,
     /// The number that was clicked. None: it cannot be read from the event.
@@ -104,7 +102,6 @@ impl Click {
     /// Reads what an event with a call's action was a click on, a national number in the site's `region`.
     pub fn read(
         session: SessionKey,
-        fingerprint: Option<String>,
         (event, at): (EventId, DateTime<Utc>),
         (action, label): (&str, Option<&str>),
         region: Option<&str>,
@@ -112,7 +109,7 @@ impl Click {
         let label = label.unwrap_or_default();
         let number = telephone::clicked(label, region);
         let whatsapp = action.to_ascii_lowercase().starts_with("whatsapp") || telephone::is_whatsapp_link(label);
-        Self { session, fingerprint, event, at, number, whatsapp }
+        Self { session, event, at, number, whatsapp }
     }
 }
 
@@ -122,7 +119,7 @@ pub struct Candidate {
     pub session: SessionKey,
     pub event: EventId,
     pub at: DateTime<Utc>,
-    /// The session's.
+    /// By which the session was found, if it was. Of the credited one it is the session's own as soon as that is frozen.
     pub fingerprint: Option<String>,
     /// The number that was clicked. None for an event that is no click, or whose number cannot be read.
     pub clicked: Option<E164>,
@@ -151,6 +148,11 @@ pub fn decide(call: &Facts<'_>, activity: &[Activity], clicks: &[Click]) -> Matc
         return Match::NONE;
     }
     by_fingerprint(call, activity).or_else(|| by_click(call, clicks)).unwrap_or(Match::NONE)
+}
+
+/// Whether only a click can tell whose call it was: whoever finds evidence for [`decide`] need not look for clicks otherwise.
+pub fn needs_clicks(call: &Facts<'_>, activity: &[Activity]) -> bool {
+    call.direction != Direction::Outbound && !call.anonymous && by_fingerprint(call, activity).is_none()
 }
 
 fn by_fingerprint(call: &Facts<'_>, activity: &[Activity]) -> Option<Match> {
@@ -197,7 +199,7 @@ fn by_click(call: &Facts<'_>, clicks: &[Click]) -> Option<Match> {
         session: click.session,
         event: click.event,
         at: click.at,
-        fingerprint: click.fingerprint.clone(),
+        fingerprint: None,
         clicked: click.number.clone(),
     };
     let winner = candidate(winner);

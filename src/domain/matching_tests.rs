@@ -161,7 +161,7 @@ fn inputs(call: &Called, seen: Seen, clicked: Clicked) -> (Vec<Activity>, Vec<Cl
     let clicks = clicked.iter().enumerate().map(|(n, (name, seconds, label))| {
         let action = if label.contains("wa.me") || label.contains("whatsapp") { "WhatsApp" } else { "phone_call" };
         let event = (event(n), after(*seconds));
-        Click::read(session(name, call.at), None, event, (action, Some(label)), Some("TR"))
+        Click::read(session(name, call.at), event, (action, Some(label)), Some("TR"))
     });
     (activity.collect(), clicks.collect())
 }
@@ -237,7 +237,6 @@ fn the_evidence_is_the_event_that_decided() {
     let facts = PHONE.facts(&dialled);
     let click = |n, seconds| Click {
         session: session("A", NOON),
-        fingerprint: Some("fp".into()),
         event: event(n),
         at: at(NOON) + TimeDelta::seconds(seconds),
         number: Some(number()),
@@ -248,7 +247,7 @@ fn the_evidence_is_the_event_that_decided() {
         session: session("A", NOON),
         event: event(2),
         at: at(NOON) - TimeDelta::seconds(20),
-        fingerprint: Some("fp".into()),
+        fingerprint: None,
         clicked: Some(number()),
     };
     assert_eq!(decided.credited, Some(expected), "the nearest before the call, then the smaller id");
@@ -284,7 +283,7 @@ fn edges_are_sharp_to_a_microsecond() {
     let method = |offsets: &[TimeDelta]| {
         let click = |(n, offset): (usize, &TimeDelta)| {
             let key = session(["A", "B"][n], NOON);
-            Click::read(key, None, (event(n), at(NOON) + *offset), ("call", Some(NUMBER)), None)
+            Click::read(key, (event(n), at(NOON) + *offset), ("call", Some(NUMBER)), None)
         };
         decide(&PHONE.facts(dialled), &[], &offsets.iter().enumerate().map(click).collect::<Vec<_>>()).method
     };
@@ -303,7 +302,7 @@ fn at_most_twenty_candidates_are_named_and_the_credited_one_is_among_them() {
     let key = |n: u32| SessionKey { id: SessionId::from_uuid(Uuid::from_u128(n.into())), ..session("A", NOON) };
     let click = |n: u32, offset: TimeDelta| {
         let event = (event(n as usize), at(NOON) + offset);
-        Click::read(key(n), None, event, ("call", Some(NUMBER)), None)
+        Click::read(key(n), event, ("call", Some(NUMBER)), None)
     };
     // One clicked before the call, 24 shortly after it.
     let mut clicks: Vec<_> = (1..25).map(|n| click(n, TimeDelta::seconds(n.into()))).collect();
@@ -392,12 +391,15 @@ proptest! {
             .collect();
         let clicks: Vec<_> = sessions.iter().enumerate().map(|(n, (who, seconds, label))| {
             let label = [NUMBER, OTHER, CHAT, "Call us"][*label];
-            Click::read(key(*who), None, (event(n), when(*seconds)), ("call", Some(label)), None)
+            Click::read(key(*who), (event(n), when(*seconds)), ("call", Some(label)), None)
         }).collect();
         let decided = decide(&facts, &activity, &clicks);
         assert_whole(&decided);
         prop_assert!(decided.candidates.iter().all(|one| one.session.site_id == site(1)));
         prop_assert!(decided.candidates.iter().is_sorted_by_key(|one| (facts.started_at - one.at).abs()));
+        if !needs_clicks(&facts, &activity) {
+            prop_assert_eq!(&decide(&facts, &activity, &[]), &decided);
+        }
         let mut seed = seed;
         prop_assert_eq!(decide(&facts, &shuffled(&activity, &mut seed), &shuffled(&clicks, &mut seed)), decided);
     }

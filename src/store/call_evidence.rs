@@ -48,16 +48,13 @@ crate::statement!(
     CONVERSIONS_IN_WINDOWS,
     Months::Between(2, 3),
     [UUID, DATE, DATE, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8],
-    "SELECT asked.place, click.session_month, click.session_id, s.fingerprint, click.id, click.occurred_at, \
-         click.event_action, click.event_label \
+    "SELECT asked.place, click.session_month, click.session_id, click.id, click.occurred_at, click.event_action, click.event_label \
      FROM unnest($4, $5) WITH ORDINALITY AS asked (since, until, place) \
      CROSS JOIN LATERAL ( \
          SELECT e.session_month, e.session_id, e.id, e.occurred_at, e.event_action, e.event_label FROM public.events e \
          WHERE e.site_id = $1 AND e.session_month BETWEEN $2 AND $3 AND e.signals & 1 = 1 \
            AND e.occurred_at BETWEEN asked.since AND asked.until \
-         ORDER BY e.occurred_at DESC, e.id DESC LIMIT $6) AS click \
-     JOIN public.sessions s ON s.site_id = $1 AND s.created_month = click.session_month \
-       AND s.created_month BETWEEN $2 AND $3 AND s.id = click.session_id"
+         ORDER BY e.occurred_at DESC, e.id DESC LIMIT $6) AS click"
 );
 
 crate::statement!(
@@ -145,8 +142,6 @@ pub async fn activity(tx: &Transaction<'_>, site: SiteId, calls: &[&Call]) -> Re
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conversion {
     pub session: SessionKey,
-    /// The session's.
-    pub fingerprint: Option<String>,
     pub event: EventId,
     pub at: DateTime<Utc>,
     pub action: String,
@@ -169,11 +164,10 @@ pub async fn conversions(
         let read = || -> Result<(usize, Conversion), Unreadable> {
             let conversion = Conversion {
                 session: session_of(row, site)?,
-                fingerprint: row.try_get(3)?,
-                event: EventId::from_uuid(row.try_get(4)?),
-                at: row.try_get(5)?,
-                action: row.try_get(6)?,
-                label: row.try_get(7)?,
+                event: EventId::from_uuid(row.try_get(3)?),
+                at: row.try_get(4)?,
+                action: row.try_get(5)?,
+                label: row.try_get(6)?,
             };
             Ok((place(row)?, conversion))
         };
@@ -227,6 +221,9 @@ pub async fn standings(
 
 /// Of these sessions, those that a call is credited to.
 pub async fn credited(tx: &Transaction<'_>, site: SiteId, keys: &[SessionKey]) -> Result<Vec<SessionKey>, StoreError> {
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
     let months: Vec<NaiveDate> = keys.iter().map(|key| key.month.first_day()).collect();
     let ids: Vec<Uuid> = keys.iter().map(|key| key.id.as_uuid()).collect();
     let rows = tx.query(&CREDITED_SESSIONS, &[&site.as_uuid(), &months, &ids]).await?;
