@@ -95,8 +95,7 @@ impl Writer {
         asked_for: &mut BTreeSet<Month>,
         outcomes: &mut [Outcome],
     ) {
-        let visits = group.iter().map(|(_, event)| visit(event)).collect::<BTreeSet<_>>().len();
-        let (mut any_stored, mut alone) = (false, 0);
+        let (mut any_stored, mut in_company, mut alone) = (false, false, 0);
         let mut groups = VecDeque::from([group]);
         while let Some(mut group) = groups.pop_front() {
             let written = self.write_patiently(&group, since, deadline).await;
@@ -109,15 +108,18 @@ impl Writer {
                     }
                 }
                 Err(error) if error.is_locked_out() => match part(group) {
-                    Parted::Visits(parts) => groups.extend(parts),
-                    // Others are stored, or it was alone and waited more than once: this visit is what is locked.
+                    Parted::Visits(parts) => {
+                        in_company = true;
+                        groups.extend(parts);
+                    }
+                    // Others are stored, or it was alone and waited long enough: this visit is what is locked.
                     Parted::One(visit, _) if any_stored || alone + 1 == ALONE_TRIES => {
                         tracing::warn!(%error, site.id = %visit.0, session.id = %visit.1, "somebody has locked a visit: its events have to come again");
                         self.locked
                             .add(visit, if any_stored { locked::WHILE_OTHERS_ARE_STORED } else { locked::WHILE_ALONE });
                     }
                     Parted::One(_, group) => {
-                        alone += usize::from(visits == 1);
+                        alone += usize::from(!in_company);
                         tokio::time::sleep(conflict_pause()).await;
                         groups.push_back(group);
                     }
