@@ -63,6 +63,7 @@ pub(super) async fn settle(
         calls.into_iter().partition(|call| stale.contains(&call.id) || told.contains(&call.key));
     let credits: Vec<SessionKey> = credits.into_iter().collect();
     let (written, credited, sessions) = tokio::join!(
+        biased;
         store::calls::write(tx, site, &write),
         store::call_evidence::credited(tx, site, &credits),
         store::sessions::load_keys(tx, site, &credits),
@@ -166,9 +167,14 @@ async fn freeze(
         .map(|mut decision| {
             let mut signals = SignalSet::EMPTY;
             if let Some(credit) = decision.credited.as_mut() {
-                let Standing { raised, attribution, fingerprint } = standings.next().unwrap_or_default();
-                signals = with_history(raised, attribution.unwrap_or(Attribution::OrganicReferral));
-                credit.fingerprint = fingerprint;
+                match standings.next().flatten() {
+                    Some(Standing { raised, attribution, fingerprint }) => {
+                        signals = with_history(raised, attribution.unwrap_or(Attribution::OrganicReferral));
+                        credit.fingerprint = fingerprint;
+                    }
+                    // A click without its visit: a month that a hand has taken apart. Nobody can be credited with it.
+                    None => decision = Match { candidates: decision.candidates, ..Match::NONE },
+                }
             }
             Found { decision, signals }
         })

@@ -227,6 +227,7 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec
     let keys: Vec<_> = pushes.iter().map(|push| &push.key).collect();
     let tx = store.reserve(Purpose::Serve).await?;
     let (begun, closed, region, stored) = tokio::join!(
+        biased;
         tx.enter(),
         locks::close(&tx, site),
         store::sites::region(&tx, site),

@@ -6,7 +6,8 @@
 //! or note them if there are too many for a batch (`followers.rs`).
 //! Only when something came in that calls may care for: note the calls that have to be matched again.
 //!
-//! A step that does not need the answer of the one before is sent along with it, so a batch waits for the database about five times.
+//! A step that does not need the answer of the one before is sent along with it (`join!`, in its order), so a batch waits for the database
+//! about five times.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -65,7 +66,7 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
 
     let tx = store.reserve(Purpose::Serve).await?;
     let (begun, passed, loaded) =
-        tokio::join!(tx.enter(), locks::pass(&tx, &sites, names), store::sessions::load(&tx, months, &visits));
+        tokio::join!(biased; tx.enter(), locks::pass(&tx, &sites, names), store::sessions::load(&tx, months, &visits));
     begun?;
     passed?;
     let stored = loaded?;
@@ -82,7 +83,7 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
         let sessions: Vec<&Session> =
             changes.values().filter(|change| change.is_one()).map(|change| &change.after).collect();
         let (written, corrected) =
-            tokio::join!(store::sessions::upsert(&tx, &sessions), correct_followers(&tx, &changes));
+            tokio::join!(biased; store::sessions::upsert(&tx, &sessions), correct_followers(&tx, &changes));
         written?;
         rematch = store::rematches::note(&tx, touched(&changes, &placed, &new, corrected?)).await?;
     }

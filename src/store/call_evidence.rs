@@ -180,7 +180,7 @@ pub async fn conversions(
 }
 
 /// What of a session's score was there at a time.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
     /// What its events had raised by then.
     pub raised: SignalSet,
@@ -188,13 +188,13 @@ pub struct Standing {
     pub fingerprint: Option<String>,
 }
 
-/// For each session and time: what was there of its score by then. Empty for a session that there is not.
+/// For each session and time: what was there of its score by then. None for a session that is gone.
 pub async fn standings(
     tx: &Transaction<'_>,
     site: SiteId,
     asked: &[(SessionKey, DateTime<Utc>)],
-) -> Result<Vec<Standing>, StoreError> {
-    let mut found = vec![Standing::default(); asked.len()];
+) -> Result<Vec<Option<Standing>>, StoreError> {
+    let mut found = vec![None; asked.len()];
     let months = asked.iter().map(|(key, _)| key.month);
     let (Some(from), Some(to)) = (months.clone().min(), months.max()) else { return Ok(found) };
     let month: Vec<NaiveDate> = asked.iter().map(|(key, _)| key.month.first_day()).collect();
@@ -213,7 +213,7 @@ pub async fn standings(
         };
         let (place, standing) = read().map_err(|error| StoreError::unreadable(STANDING_OF_SESSIONS.name, error))?;
         if let Some(found) = found.get_mut(place) {
-            *found = standing;
+            *found = Some(standing);
         }
     }
     Ok(found)

@@ -139,6 +139,16 @@ async fn a_call_before_its_click_and_before_its_fingerprint_ends_with_the_same_m
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_click_whose_visit_a_hand_has_taken_away_credits_nobody() {
+    let stage = Stage::set().await;
+    stage.events(stage.site, &[Spec::new(1, "A", after(-60)).clicks(BUSINESS)]).await;
+    let gone = "SET session_replication_role = replica; DELETE FROM sessions; RESET session_replication_role";
+    stage.database.admin.batch_execute(gone).await.expect("its own checks are off");
+    let call = stage.push(call("c", noon())).await.call;
+    assert_eq!((call.found.decision.method, credited(&call)), (MatchMethod::Unmatched, None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn what_was_there_when_the_call_came_is_frozen_whatever_order_it_came_in() {
     let stage = Stage::set().await;
     let frozen = "SELECT lead_score_at_match AS score, score_breakdown_at_match AS lines FROM calls";
