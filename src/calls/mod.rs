@@ -31,6 +31,8 @@ mod matching;
 
 /// Most calls of one transaction: the gate of the site is closed meanwhile. So many of one month share one.
 pub const CHUNK: usize = 100;
+/// As many are matched again in one transaction: events of the site wait at its gate meanwhile, and perhaps somebody for an answer.
+const SETTLE_CHUNK: usize = 16;
 /// Who has locked a call, such as a person who judges it, is waited for so long; not with the site's gate closed, but by trying again.
 const ROW_PATIENCE: Duration = Duration::from_secs(3);
 /// As that, for calls that the sweep will come back to.
@@ -193,7 +195,7 @@ impl Calls {
             patiently(ROW_PATIENCE, || review_as_once(&self.store, user, site, id, decision, signature)).await?;
         if let (Some(_), Decision::Reopen) = (&judged, decision) {
             // The database has noted it; what fails here is done by the sweep.
-            if let Err(error) = settle(&self.store, site).await {
+            if let Err(error) = settle(&self.store, site, None).await {
                 tracing::warn!(%error, site.id = %site, "an opened call is matched again later");
             }
         }
@@ -269,9 +271,13 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec
     recorded.ok_or_else(|| StoreError::unreadable("record calls", "a written call did not come back"))
 }
 
-/// Matches again the calls of a site that wait for it.
-pub async fn settle(store: &Store, site: SiteId) -> Result<(), Failed> {
-    while patiently(SETTLE_PATIENCE, || settle_some(store, site)).await? {}
+/// Matches again the calls of a site that wait for it, a few at a time; no more are begun after `until`, and the [`sweep`] goes on with the rest.
+pub async fn settle(store: &Store, site: SiteId, until: Option<Instant>) -> Result<(), Failed> {
+    while patiently(SETTLE_PATIENCE, || settle_some(store, site)).await? {
+        if until.is_some_and(|until| Instant::now() >= until) {
+            break;
+        }
+    }
     Ok(())
 }
 
@@ -279,7 +285,7 @@ pub async fn settle(store: &Store, site: SiteId) -> Result<(), Failed> {
 async fn settle_some(store: &Store, site: SiteId) -> Result<bool, StoreError> {
     let tx = store.begin(Purpose::Serve).await?;
     locks::close(&tx, site).await?;
-    let noted = store::rematches::noted(&tx, site, CHUNK as i64).await?;
+    let noted = store::rematches::noted(&tx, site, SETTLE_CHUNK as i64).await?;
     if noted.is_empty() {
         tx.rollback().await?;
         return Ok(false);
@@ -290,7 +296,7 @@ async fn settle_some(store: &Store, site: SiteId) -> Result<bool, StoreError> {
     store::rematches::forget(&tx, site, &noted).await?;
     tx.commit().await?;
     metrics::counter!(telemetry::CALLS_REMATCHED_TOTAL).increment(noted.len() as u64);
-    Ok(noted.len() == CHUNK)
+    Ok(noted.len() == SETTLE_CHUNK)
 }
 
 /// Settles, until `stop`, whatever waits: what a server that died has left, what could not be settled at once, what a dashboard has opened again.
@@ -299,7 +305,7 @@ pub async fn sweep(store: Store, stop: CancellationToken) {
         match store.sites_with_rematches(SWEEP_SITES).await {
             Ok(sites) => {
                 for site in sites {
-                    if let Err(error) = settle(&store, site).await {
+                    if let Err(error) = settle(&store, site, None).await {
                         tracing::warn!(%error, site.id = %site, "calls wait to be matched again");
                     }
                 }

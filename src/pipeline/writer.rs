@@ -34,7 +34,9 @@ const PAUSES: [Duration; 4] =
 /// No further try that would begin later than this after the batch's oldest event came in: whoever waited behind others that found the
 /// database away does not wait for the same news once more.
 const RETRY_WITHIN: Duration = Duration::from_millis(1500);
-/// Whoever waits for an event's answer does not wait longer than this for calls that it touches.
+/// Whoever waits for an event's answer does not wait for more of the calls that it touches than are begun within this time ...
+const REMATCH_FOR: Duration = Duration::from_millis(200);
+/// ... and no longer than this, whatever holds them up.
 const REMATCH_WITHIN: Duration = Duration::from_secs(1);
 /// A batch that has used up its patience still has so long for its dead letters.
 const BURY_WITHIN: Duration = Duration::from_millis(500);
@@ -189,9 +191,10 @@ impl Writer {
 
     /// Matches again the calls that the batch has touched. They are noted, so what fails here is done soon after.
     async fn rematch(&self, sites: &[SiteId]) {
-        let until = tokio::time::Instant::now() + REMATCH_WITHIN;
-        for site in sites.iter().take_while(|_| tokio::time::Instant::now() < until) {
-            match timeout_at(until, calls::settle(&self.store, *site)).await {
+        let began = Instant::now();
+        let (until, deadline) = (began + REMATCH_FOR, tokio::time::Instant::from_std(began + REMATCH_WITHIN));
+        for site in sites.iter().take_while(|_| Instant::now() < until) {
+            match timeout_at(deadline, calls::settle(&self.store, *site, Some(until))).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, site.id = %site, "calls are matched again later"),
                 Err(_) => tracing::warn!(site.id = %site, "calls are matched again later: it takes too long"),

@@ -381,6 +381,6 @@ async fn a_call_that_somebody_has_locked_holds_up_no_event() {
     assert!(began.elapsed() < Duration::from_secs(8), "five batches took {:?}", began.elapsed());
     assert_eq!(stage.found("c1").await.0, "UNMATCHED");
     open.rollback().await.expect("let go");
-    calls::settle(&stage.database.store, stage.site).await.expect("nobody is in the way");
+    calls::settle(&stage.database.store, stage.site, None).await.expect("nobody is in the way");
     assert_eq!(stage.found("c1").await.0, "CLICK");
 }

@@ -61,7 +61,7 @@ async fn undisturbed(site: SiteId, paid: &[Spec], visits: &[Spec]) -> (Database,
 }
 
 async fn assert_same(database: &Database, site: SiteId, traffic: &[Vec<Value>; 2], calls: &[Value]) {
-    calls::settle(&database.store, site).await.expect("the database answers");
+    calls::settle(&database.store, site, None).await.expect("the database answers");
     for (expected, stored) in traffic.iter().zip(database.traffic().await) {
         assert_eq!(expected.len(), stored.len());
         for (expected, stored) in expected.iter().zip(&stored) {

@@ -317,7 +317,7 @@ async fn a_call_outlives_the_month_of_its_visit_with_its_match_and_is_still_judg
         .batch_execute("UPDATE calls SET review = 'JUNK'; UPDATE calls SET review = 'OPEN'")
         .await
         .expect("by hand");
-    opsmantik::calls::settle(&database.store, site).await.expect("settled");
+    opsmantik::calls::settle(&database.store, site, None).await.expect("settled");
     let waiting = "SELECT count(*) FROM opsmantik.call_rematches";
     assert_eq!(database.count(waiting).await, 0, "it does not fail for ever");
 
