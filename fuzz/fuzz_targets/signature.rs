@@ -113,7 +113,8 @@ fuzz_target!(|input: &[u8]| {
                     Err(SignatureError::Forged)
                 );
             }
-            if !KEYS.contains(&&*text) {
+            // HMAC fills a key up with NULs (RFC 2104), so one that ends with some is the same key.
+            if !KEYS.contains(&text.trim_end_matches('\0')) {
                 let strange = sign(Algorithm::HS256, &claims, &text);
                 assert_eq!(VERIFIER.verify(Some(&strange), body), Err(SignatureError::Forged));
             }
