@@ -1,5 +1,5 @@
-//! Clients that do not wait: requests due by the clock, written to sockets whether or not answers came, and streams that send what flow control
-//! takes.
+//! Clients that do not wait: requests due by the clock, written to sockets whether or not answers came, callers who ask again at once when they are
+//! refused, and streams that send what flow control takes.
 //!
 //! What a socket has no room for is *held back*: offered, and kept by the kernels between the two from ever reaching the server. Each request has an
 //! event of its own, made while it is written.
@@ -12,13 +12,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use opsmantik::grpc::proto::IngestRequest;
+use prost::Message;
+use prost::bytes::Bytes;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::LocalSet;
+use tonic::Code;
+use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
+use tonic_types::StatusExt;
 
-use crate::grpc_load::{Raw, STREAM_INGEST, channel, message, with_token};
+use crate::grpc_load::{BATCH, INGEST, Raw, STREAM_INGEST, channel, message, with_token};
 use crate::http_load::{Volley, parse, says_stored};
 use crate::workload::Beat;
 
@@ -245,6 +251,74 @@ async fn write_all(writer: &tokio::net::tcp::OwnedWriteHalf, mut bytes: &[u8]) -
     true
 }
 
+/// What became of calls of `Ingest`.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Called {
+    /// Calls whose events were all stored.
+    pub stored: usize,
+    /// UNAVAILABLE.
+    pub refused: usize,
+    /// Of those: without `google.rpc.RetryInfo`.
+    pub without_retry_info: usize,
+}
+
+/// Callers of `Ingest`, each with a connection of its own, who ask again at once when they are refused, until the time is over.
+pub async fn ingest(
+    to: SocketAddr,
+    token: &str,
+    beats: &Arc<Vec<Beat>>,
+    flood: u32,
+    callers: usize,
+    lasts: Duration,
+) -> anyhow::Result<Called> {
+    let mut channels = Vec::with_capacity(callers);
+    for _ in 0..callers {
+        channels.push(channel(to).await?);
+    }
+    let next = Arc::new(AtomicUsize::new(0));
+    let until = Instant::now() + lasts;
+    let tasks: Vec<_> = channels
+        .into_iter()
+        .map(|channel| {
+            let (beats, next, token) = (beats.clone(), next.clone(), token.to_owned());
+            tokio::spawn(async move {
+                let (mut client, mut called) = (Grpc::new(channel), Called::default());
+                while Instant::now() < until {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let (round, which) = (at / (beats.len() / BATCH), at % (beats.len() / BATCH));
+                    let round = (flood << 24) + u32::try_from(round)?;
+                    let events = beats[which * BATCH..][..BATCH].iter().map(|beat| beat.in_round(round).to_proto());
+                    let message = Bytes::from(IngestRequest::of(events.collect()).encode_to_vec());
+                    while Instant::now() < until {
+                        client.ready().await?;
+                        let request = with_token(message.clone(), &token)?;
+                        match client.unary(request, PathAndQuery::from_static(INGEST), Raw).await {
+                            Ok(_) => {
+                                called.stored += 1;
+                                break;
+                            }
+                            Err(refused) if refused.code() == Code::Unavailable => {
+                                called.refused += 1;
+                                called.without_retry_info += usize::from(refused.get_details_retry_info().is_none());
+                            }
+                            Err(odd) => return Err(odd.into()),
+                        }
+                    }
+                }
+                anyhow::Ok(called)
+            })
+        })
+        .collect();
+    let mut all = Called::default();
+    for task in tasks {
+        let called = task.await?.context("Ingest")?;
+        all.stored += called.stored;
+        all.refused += called.refused;
+        all.without_retry_info += called.without_retry_info;
+    }
+    Ok(all)
+}
+
 /// Streams that send as much as is taken, until the time is over; how many messages were acknowledged, and how many streams were ended by the server.
 pub async fn stream(
     to: SocketAddr,
@@ -275,7 +349,7 @@ pub async fn stream(
                             + u32::try_from(at / beats.len()).ok()?;
                         Some(message(&beats[at % beats.len()].in_round(round)))
                     });
-                    let mut client = tonic::client::Grpc::new(channel(to).await?);
+                    let mut client = Grpc::new(channel(to).await?);
                     client.ready().await?;
                     let request = with_token(tokio_stream::iter(endless), &token)?;
                     let Ok(answer) = client.streaming(request, PathAndQuery::from_static(STREAM_INGEST), Raw).await

@@ -24,7 +24,7 @@ use crate::workload::Beat;
 /// Events of one call of `Ingest`.
 pub const BATCH: usize = 100;
 
-const INGEST: &str = "/opsmantik.v1.IngestService/Ingest";
+pub const INGEST: &str = "/opsmantik.v1.IngestService/Ingest";
 pub const STREAM_INGEST: &str = "/opsmantik.v1.IngestService/StreamIngest";
 
 /// Requests of `Ingest`, a hundred events each.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use chrono::Utc;
-use http::Method;
+use http::{Method, StatusCode};
 use std::net::IpAddr;
 
 use super::answer::{self, Fate, Problem};
@@ -43,6 +43,14 @@ struct Caller {
 }
 
 pub async fn sync(State(state): State<PublicState>, request: Request) -> Response {
+    let response = answered(&state, request).await;
+    if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+        state.pipeline.before_a_refusal().await;
+    }
+    response
+}
+
+async fn answered(state: &PublicState, request: Request) -> Response {
     let sender = Sender::of(request.headers());
     if request.method() == Method::OPTIONS {
         return sender.preflight(&state.directory).await;
@@ -67,10 +75,10 @@ pub async fn sync(State(state): State<PublicState>, request: Request) -> Respons
         Err(problem) => return sender.shown_to_customers(&state.directory, logged(ROUTE, problem)).await,
     };
     let asking = Asking::of(&parts.headers, bytes.len());
-    if let Some(refusal) = early::refusal(&state, &sender, asking, &bytes).await {
+    if let Some(refusal) = early::refusal(state, &sender, asking, &bytes).await {
         return refusal;
     }
-    super::to_the_end(take(state, Caller { sender, address, arrival, asking }, bytes)).await
+    super::to_the_end(take(state.clone(), Caller { sender, address, arrival, asking }, bytes)).await
 }
 
 async fn take(state: PublicState, caller: Caller, read: Held) -> Response {

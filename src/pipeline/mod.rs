@@ -14,7 +14,8 @@
 //!
 //! Sites share it fairly. Each has a lane of its own (`fair_queue.rs`) in which events keep the order of their coming, and gets its turn in
 //! every batch; each may hold what it leaves to others (`room.rs`), so that a flood of one is refused while the next one still finds space.
-//! A refusal costs next to nothing, and comes before anything else is done where that can be known ([`Pipeline::pressure`]).
+//! A refusal costs next to nothing, and comes before anything else is done where that can be known ([`Pipeline::pressure`]); thousands of them are told
+//! a little later (`pace.rs`).
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -32,11 +33,13 @@ use crate::keeper::Nudge;
 use crate::store::Store;
 use crate::store::dead_letters::Undertaker;
 use crate::telemetry;
+use pace::Pace;
 use waiting::WaitingRoom;
 
 mod batch;
 pub mod followers;
 mod locked;
+mod pace;
 mod room;
 mod tempo;
 mod waiting;
@@ -105,6 +108,7 @@ impl Taken {
 #[derive(Clone)]
 pub struct Pipeline {
     room: Arc<WaitingRoom>,
+    refusals: Arc<Pace>,
     writers: TaskTracker,
     closing: CancellationToken,
 }
@@ -119,7 +123,12 @@ impl Pipeline {
     /// The same with somebody else who keeps what dies: who replays dead letters has them already.
     pub fn start_with(store: Store, keeper: Nudge, undertaker: Arc<dyn Undertaker>, config: PipelineConfig) -> Self {
         let room = Arc::new(WaitingRoom::new(config));
-        let pipeline = Self { room: room.clone(), writers: TaskTracker::new(), closing: CancellationToken::new() };
+        let pipeline = Self {
+            room: room.clone(),
+            refusals: Arc::new(Pace::new()),
+            writers: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        };
         let writer = writer::Writer::new(store, keeper, undertaker, config);
         for _ in 0..config.writers.max(1) {
             pipeline.writers.spawn(write_until_closed(writer.clone(), room.clone()));
@@ -163,6 +172,11 @@ impl Pipeline {
     /// Whether [`Pipeline::submit`] would certainly refuse this many events of a site now. To be asked when there is pressure.
     pub fn refuses(&self, site: SiteId, events: usize) -> bool {
         self.room.refuses(site, events)
+    }
+
+    /// Waits until a door may tell one more refusal. To be called when everything else of the request is done and its memory is free.
+    pub async fn before_a_refusal(&self) {
+        self.refusals.wait().await;
     }
 
     /// Takes nothing more, finishes what was taken.

@@ -19,6 +19,7 @@ mod history;
 mod ingest;
 mod latency;
 mod memory;
+mod overload;
 mod start;
 mod sync;
 mod tenants;
@@ -68,6 +69,11 @@ pub const ALL: &[Row] = &[
         name: "tenants",
         about: "ten thousand sites against one",
         measure: |bench| Box::pin(tenants::measure(bench)),
+    },
+    Row {
+        name: "overload",
+        about: "what one door stores while ten times as many clients do not wait, against clients that wait",
+        measure: |bench| Box::pin(overload::measure(bench)),
     },
     Row {
         name: "memory",

@@ -8,7 +8,7 @@ use std::pin::Pin;
 
 use chrono::Utc;
 use futures::Stream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::proto::ingest_result::Outcome as Verdict;
 use super::proto::ingest_service_server::IngestService;
@@ -122,7 +122,11 @@ impl IngestService for Ingest {
         if let Some((reason, message)) = violation {
             return Err(status::bad_request(vec![Rejection::of(reason, "events", message)]));
         }
-        let results = self.store(&sender, events).await?;
+        let stored = self.store(&sender, events).await;
+        if stored.as_ref().is_err_and(|status| status.code() == Code::Unavailable) {
+            self.state.pipeline.before_a_refusal().await;
+        }
+        let results = stored?;
         Ok(Response::new(IngestResponse { results }))
     }
 
