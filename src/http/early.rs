@@ -17,7 +17,7 @@ use super::trouble::logged;
 use super::turn::Asking;
 use super::{PublicState, sync};
 use crate::domain::outcome::Unavailable;
-use crate::pipeline::Pressure;
+use crate::pipeline::{Pressure, Wanted};
 
 /// The answer, if it is certain that nothing of this body would be taken. None as well for what has to be read to know what is wrong with it.
 pub(super) async fn refusal(state: &PublicState, sender: &Sender, asking: Asking, bytes: &[u8]) -> Option<Response> {
@@ -32,7 +32,8 @@ pub(super) async fn refusal(state: &PublicState, sender: &Sender, asking: Asking
             let name = glance.site()?;
             let site = state.directory.site(name).await.ok()??;
             sender.admit(&site).ok()?;
-            let refused = state.transport.refuses(site.id, glance.events.as_ref().map_or(1, Vec::len));
+            let events = glance.events.as_ref().map_or(1, Vec::len);
+            let refused = state.transport.refuses(Wanted { site: site.id, events, bytes: bytes.len() });
             refused.then(|| sender.shown(busy()))
         }
     }

@@ -90,6 +90,15 @@ pub enum Pressure {
     Full,
 }
 
+/// Events of one site that somebody brings, before they are understood.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    pub site: SiteId,
+    pub events: usize,
+    /// Of all of them, as they came.
+    pub bytes: usize,
+}
+
 /// How often those who have waited too long are looked for.
 const SWEEP: Duration = Duration::from_millis(250);
 
@@ -169,9 +178,10 @@ impl Pipeline {
         self.room.pressure()
     }
 
-    /// Whether [`Pipeline::submit`] would certainly refuse this many events of a site now. To be asked when there is pressure.
-    pub fn refuses(&self, site: SiteId, events: usize) -> bool {
-        self.room.refuses(site, events)
+    /// Whether [`Pipeline::submit`] would refuse these together now, as far as that can be told before they are understood. To be asked when there is
+    /// pressure.
+    pub fn refuses(&self, wanted: &[Wanted]) -> bool {
+        self.room.refuses(wanted)
     }
 
     /// Waits until a door may tell one more refusal. To be called when everything else of the request is done and its memory is free.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 /// So many are told at once ...
-const AT_ONCE: u32 = 100;
+const AT_ONCE: u32 = 50;
 /// ... within this time.
 const WINDOW: Duration = Duration::from_millis(100);
 /// The others are held back for so long: short beside the second or more after which they are to come again.

@@ -24,7 +24,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::room::Room;
 use super::tempo::{ABREAST, Due, Tempo, Written};
-use super::{PipelineConfig, Pressure};
+use super::{PipelineConfig, Pressure, Wanted};
 use crate::domain::event::Event;
 use crate::domain::id::SiteId;
 use crate::domain::outcome::{Outcome, Unavailable};
@@ -129,10 +129,10 @@ impl WaitingRoom {
         }
     }
 
-    /// Whether [`WaitingRoom::take`] would refuse this many events of a site, however small they are.
-    pub fn refuses(&self, site: SiteId, events: usize) -> bool {
-        let inside = self.inside();
-        !inside.room.admits(site, inside.room.counted(events.saturating_mul(Event::LEAST_WEIGHT + OVERHEAD)))
+    /// Whether [`WaitingRoom::take`] would refuse these, as far as that can be told before they are understood.
+    pub fn refuses(&self, wanted: &[Wanted]) -> bool {
+        let sites: Vec<(SiteId, usize)> = wanted.iter().map(|wanted| (wanted.site, about(wanted))).collect();
+        !self.inside().admits(&sites)
     }
 
     /// Takes all of these events, or none.
@@ -149,16 +149,9 @@ impl WaitingRoom {
         if inside.closed {
             return Err(Unavailable::Stopping);
         }
-        // Together they may be more than there is, so each is admitted with those before it inside.
-        for (at, (site, sum)) in sites.iter().enumerate() {
-            let counted = inside.room.counted(*sum);
-            if !inside.room.admits(*site, counted) {
-                sites[..at].iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
-                return Err(Unavailable::Busy);
-            }
-            inside.room.enter(*site, counted);
+        if !inside.admits(&sites) {
+            return Err(Unavailable::Busy);
         }
-        sites.iter().for_each(|(site, sum)| inside.leave_room(*site, *sum));
         let since = Instant::now();
         let gathered = inside.tempo.gathers();
         let receivers = events.into_iter().zip(weights).map(|(event, weight)| {
@@ -380,9 +373,21 @@ impl Inside {
         room.leave(place.site, place.counted);
     }
 
-    fn leave_room(&mut self, site: SiteId, sum: usize) {
-        let counted = self.room.counted(sum);
-        self.room.leave(site, counted);
+    /// Whether there is room for so much of each of these sites. Together they may be more than there is, so each is asked for with those before
+    /// it inside.
+    fn admits(&mut self, sites: &[(SiteId, usize)]) -> bool {
+        let room = &mut self.room;
+        let counted: Vec<(SiteId, usize)> = sites.iter().map(|(site, sum)| (*site, room.counted(*sum))).collect();
+        let goes_in = |(site, counted): &&(SiteId, usize)| {
+            let admitted = room.admits(*site, *counted);
+            if admitted {
+                room.enter(*site, *counted);
+            }
+            admitted
+        };
+        let inside = counted.iter().take_while(goes_in).count();
+        counted[..inside].iter().for_each(|(site, counted)| self.room.leave(*site, *counted));
+        inside == counted.len()
     }
 
     /// Lets in those who wait for space, each site in its turn, as many as fit.
@@ -438,6 +443,11 @@ fn answer(sender: oneshot::Sender<Outcome>, outcome: Outcome) {
 
 fn weight(event: &Event) -> usize {
     event.weight() + OVERHEAD
+}
+
+/// About what events will weigh: most of what came is kept as it came.
+fn about(wanted: &Wanted) -> usize {
+    wanted.events.saturating_mul(Event::LEAST_WEIGHT + OVERHEAD).saturating_add(wanted.bytes)
 }
 
 #[cfg(test)]

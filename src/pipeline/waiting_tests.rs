@@ -83,7 +83,10 @@ async fn a_quiet_site_is_written_beside_a_flood_whose_batches_stay_large() {
         assert_eq!(said.len(), 256);
         assert!(said.is_sorted(), "in the order of their coming: {said:?}");
         assert_eq!(room.pressure(), Pressure::High);
-        assert!(room.refuses(1_u128.to_site(), 2000) && !room.refuses(2_u128.to_site(), 100));
+        let wanted = |site: u128, events| Wanted { site: site.to_site(), events, bytes: 0 };
+        assert!(room.refuses(&[wanted(1, 2000)]) && !room.refuses(&[wanted(2, 100)]));
+        assert!(room.refuses(&[wanted(2, 100), wanted(1, 2000)]), "one of them is enough");
+        assert!(room.refuses(&[Wanted { bytes: 64 << 20, ..wanted(2, 1) }]), "what came is kept");
         [quiet, flood].into_iter().for_each(busy);
     }
 }

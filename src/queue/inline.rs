@@ -4,8 +4,7 @@ use async_trait::async_trait;
 
 use super::{Transport, Verdict};
 use crate::domain::event::Event;
-use crate::domain::id::SiteId;
-use crate::pipeline::{Pipeline, Pressure};
+use crate::pipeline::{Pipeline, Pressure, Wanted};
 
 #[async_trait]
 impl Transport for Pipeline {
@@ -17,7 +16,7 @@ impl Transport for Pipeline {
         Pipeline::pressure(self)
     }
 
-    fn refuses(&self, site: SiteId, events: usize) -> bool {
-        Pipeline::refuses(self, site, events)
+    fn refuses(&self, wanted: Wanted) -> bool {
+        Pipeline::refuses(self, &[wanted])
     }
 }

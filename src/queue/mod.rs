@@ -7,9 +7,8 @@
 use async_trait::async_trait;
 
 use crate::domain::event::Event;
-use crate::domain::id::SiteId;
 use crate::domain::outcome::{Outcome, Unavailable};
-use crate::pipeline::Pressure;
+use crate::pipeline::{Pressure, Wanted};
 
 mod breaker;
 pub mod corpse;
@@ -37,8 +36,8 @@ pub trait Transport: Send + Sync {
         Pressure::Low
     }
 
-    /// Whether it is certain that this many events of a site would not be taken now. To be asked when there is pressure.
-    fn refuses(&self, _site: SiteId, _events: usize) -> bool {
+    /// Whether these events would not be taken now, as far as that can be told before they are understood. To be asked when there is pressure.
+    fn refuses(&self, _wanted: Wanted) -> bool {
         false
     }
 }

@@ -4,6 +4,7 @@
 //! good ones go to the pipeline together, and the answer waits for the commit. One event that could be neither stored nor refused makes
 //! the whole call UNAVAILABLE: sending all of it again is harmless.
 
+use std::collections::HashMap;
 use std::pin::Pin;
 
 use chrono::Utc;
@@ -19,7 +20,7 @@ use super::proto::{
 use super::{GrpcState, convert, status, watch};
 use crate::domain::outcome::{Outcome, Unavailable};
 use crate::domain::signal::SignalSet;
-use crate::pipeline::Pressure;
+use crate::pipeline::{Pressure, Wanted};
 use admission::{Admission, Refused, Sender};
 
 mod admission;
@@ -70,22 +71,34 @@ impl Ingest {
 }
 
 impl Ingest {
-    /// Whether it is certain that the pipeline would not take these events now: found out before any of them is read.
+    /// Whether the pipeline would not take these events now, as far as that can be told before any of them is understood.
     async fn refuses(&self, events: &[Vec<u8>]) -> bool {
         let pipeline = &self.state.pipeline;
         match pipeline.pressure() {
             Pressure::Low => false,
             Pressure::Full => true,
-            Pressure::High => {
-                let mut names = events.iter().map(|event| convert::Envelope::of(event));
-                let Some(first) = names.next() else { return false };
-                let same = 1 + names.filter(|other| other.site() == first.site()).count();
-                match self.state.directory.site(first.site()).await {
-                    Ok(Some(site)) => pipeline.refuses(site.id, same),
-                    Ok(None) | Err(_) => false,
-                }
-            }
+            Pressure::High => match self.wanted(events).await {
+                Some(wanted) => pipeline.refuses(&wanted),
+                // What is wrong with it has to be read to be told.
+                None => false,
+            },
         }
+    }
+
+    /// Whose events these are, how many and how large; none if one of them names no site that there is.
+    async fn wanted(&self, events: &[Vec<u8>]) -> Option<Vec<Wanted>> {
+        let mut by_name: HashMap<String, (usize, usize)> = HashMap::new();
+        for event in events {
+            let (events, bytes) = by_name.entry(convert::Envelope::of(event).site().to_owned()).or_default();
+            *events += 1;
+            *bytes += event.len();
+        }
+        let mut wanted = Vec::with_capacity(by_name.len());
+        for (name, (events, bytes)) in by_name {
+            let site = self.state.directory.site(&name).await.ok()??.id;
+            wanted.push(Wanted { site, events, bytes });
+        }
+        Some(wanted)
     }
 }
 
