@@ -4,6 +4,8 @@
 //! (NUL removed, surrounding white space trimmed) and *cut* at a character boundary, never refused: a visitor's click is worth more than
 //! the tail of a label.
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value};
 
 /// Longest page URL, in bytes. The wire contract of `/api/sync`.
@@ -18,13 +20,9 @@ pub const MAX_SHORT: usize = 512;
 
 /// `text` without NUL and surrounding white space, at most `max` bytes, cut at a character boundary.
 pub fn clean(text: &str, max: usize) -> String {
-    let mut cleaned: String = text.chars().filter(|c| *c != '\0').collect();
-    if cleaned.len() > max {
-        let end = (0..=max).rev().find(|at| cleaned.is_char_boundary(*at)).unwrap_or(0);
-        cleaned.truncate(end);
-    }
-    let trimmed = cleaned.trim();
-    if trimmed.len() == cleaned.len() { cleaned } else { trimmed.to_owned() }
+    let whole = if text.contains('\0') { Cow::Owned(text.replace('\0', "")) } else { Cow::Borrowed(text) };
+    let end = (0..=max.min(whole.len())).rev().find(|at| whole.is_char_boundary(*at)).unwrap_or(0);
+    whole[..end].trim().to_owned()
 }
 
 /// As [`clean_some`], on one line and without characters that steer a terminal: for names that a command prints.
@@ -59,7 +57,20 @@ fn clean_below(value: Value, depth: usize) -> Value {
     }
 }
 
+/// Whether [`clean_below`] would leave it as it is, as far as that can be told without going down.
+fn is_clean(value: &Value, depth: usize) -> bool {
+    match value {
+        Value::String(text) => !text.contains('\0'),
+        Value::Array(items) => items.is_empty() && depth > 0,
+        Value::Object(map) => map.is_empty() && depth > 0,
+        Value::Null | Value::Bool(_) | Value::Number(_) => true,
+    }
+}
+
 fn clean_map_below(map: Map<String, Value>, depth: usize) -> Map<String, Value> {
+    if map.iter().all(|(key, value)| !key.contains('\0') && is_clean(value, depth - 1)) {
+        return map;
+    }
     map.into_iter().map(|(key, value)| (key.replace('\0', ""), clean_below(value, depth - 1))).collect()
 }
 

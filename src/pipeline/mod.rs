@@ -8,8 +8,8 @@
 //! ```
 //!
 //! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Two
-//! batches are written beside each other, each with half of the sites that have something, so that one is understood while the database works
-//! on the other; a third begins when it is full, or after a moment (`tempo.rs`). The rooms are counted in bytes, so memory stays flat.
+//! batches are written beside each other, each with its share of the sites that have something, so that one is understood while the database works
+//! on the other; a third begins when it is half full, or after a moment (`tempo.rs`). The rooms are counted in bytes, so memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
 //! Sites share it fairly. Each has a lane of its own (`fair_queue.rs`) in which events keep the order of their coming, and gets its turn in
@@ -71,9 +71,9 @@ impl Default for PipelineConfig {
             writers: 4,
             batch: 512,
             batch_visits: 256,
-            batch_bytes: 2 << 20,
+            batch_bytes: 3 << 20,
             room_bytes: 32 << 20,
-            patient_room_bytes: 8 << 20,
+            patient_room_bytes: 16 << 20,
             patience: Duration::from_secs(8),
         }
     }

@@ -1,7 +1,8 @@
 //! When the next batch is due, and how many events it may have.
 //!
 //! The first begins at once. One beside it begins as soon as it is worthwhile, and no later than a moment after: a batch costs the database as
-//! much as a dozen events, so what comes in one by one is better written together. With [`ABREAST`] of them a further one gathers a
+//! much as a dozen events, so what comes in one by one is better written together. Two beside each other leave the machine idle while one of
+//! them waits for the disk; where more than they can hold is waiting, a third begins as soon as it is half full. Each further one gathers a
 //! little longer, or until it is full. Batches that come near the end of the patience become smaller.
 
 use std::time::{Duration, Instant};
@@ -9,8 +10,10 @@ use std::time::{Duration, Instant};
 use super::PipelineConfig;
 use crate::fair_queue::Load;
 
-/// Up to so many batches are written beside each other without waiting until one is full, each with its share of the sites that have something.
-pub(super) const ABREAST: usize = 2;
+/// Up to so many batches are written beside each other of what comes in one by one, each with its share of the sites that have something ...
+const ABREAST: usize = 2;
+/// ... and so many where there is more.
+const MOST_ABREAST: usize = 3;
 /// So many events are worth a batch beside another.
 const WORTHWHILE: usize = 16;
 /// So long fewer of them wait for others, unless nothing is being written.
@@ -60,6 +63,12 @@ impl Tempo {
         self.batch
     }
 
+    /// Among how many batches beside each other the sites are shared of which so much may be written.
+    pub fn shares(&self, ready: Load) -> usize {
+        let fills_one = ready.items >= self.batch || ready.weight >= self.config.batch_bytes;
+        if fills_one { MOST_ABREAST } else { ABREAST }
+    }
+
     /// Whether a batch gathers.
     pub fn gathers(&self) -> bool {
         self.gathering.is_some()
@@ -92,16 +101,15 @@ impl Tempo {
     /// When the next batch is to be taken, of what may be written.
     pub fn due(&self, ready: Load, closed: bool) -> Due {
         let Some(since) = self.gathering else { return Due::Never };
+        let full = Load { items: self.batch, weight: self.config.batch_bytes };
         let (enough, patience) = match self.writing {
             0 => return Due::Now,
-            1..ABREAST => (WORTHWHILE.min(self.batch), MOMENT),
-            _ => (self.batch, GATHERING),
+            1..ABREAST => (Load { items: WORTHWHILE.min(full.items), ..full }, MOMENT),
+            ABREAST..MOST_ABREAST => (Load { items: full.items.div_ceil(2), weight: full.weight / 2 }, GATHERING),
+            _ => (full, GATHERING),
         };
-        if closed || ready.items >= enough || ready.weight >= self.config.batch_bytes || since.elapsed() >= patience {
-            Due::Now
-        } else {
-            Due::At(since + patience)
-        }
+        let gathered = ready.items >= enough.items || ready.weight >= enough.weight;
+        if closed || gathered || since.elapsed() >= patience { Due::Now } else { Due::At(since + patience) }
     }
 
     /// Batches that come near the end of the patience are halved, and grow again when there is time enough. What takes as long for few events as

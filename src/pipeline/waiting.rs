@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use super::room::Room;
-use super::tempo::{ABREAST, Due, Tempo, Written};
+use super::tempo::{Due, Tempo, Written};
 use super::{PipelineConfig, Pressure, Wanted};
 use crate::domain::event::Event;
 use crate::domain::id::SiteId;
@@ -238,7 +238,8 @@ impl WaitingRoom {
 
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
         let (mut taken, mut bytes, mut sites, mut visits) = (Vec::new(), 0, BTreeSet::new(), HashSet::new());
-        let (share, mut aside) = (inside.queue.lanes().div_ceil(ABREAST), Vec::new());
+        let shares = inside.tempo.shares(inside.queue.ready());
+        let (share, mut aside) = (inside.queue.lanes().div_ceil(shares), Vec::new());
         let most = inside.tempo.batch();
         let room = |events: usize, bytes: usize, visits: usize| {
             events < most && visits < self.config.batch_visits && bytes < self.config.batch_bytes

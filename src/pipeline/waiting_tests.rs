@@ -250,7 +250,26 @@ async fn a_batch_has_a_bound_of_visits() {
 }
 
 #[tokio::test]
-async fn while_two_are_written_the_next_one_gathers_until_it_is_full_or_its_moment_has_passed() {
+async fn with_more_than_two_can_hold_a_third_is_written_beside_them() {
+    let room = room(8, 400);
+    let few = |sites: std::ops::RangeInclusive<u128>, each: u32| -> Vec<Event> {
+        sites.flat_map(|site| (0..each).map(move |n| event(site, n))).collect()
+    };
+    room.take(few(1..=6, 4)).expect("there is space");
+    let mut abreast = Vec::new();
+    for nth in 0..3 {
+        let batch = tokio::time::timeout(GATHERING / 4, room.batch()).await.expect("at once").expect("it is open");
+        assert_eq!(said(&batch).len(), 8, "two sites of six for the {nth}.");
+        abreast.push(batch);
+    }
+    // The next one gathers, though it is half full.
+    room.take(few(7..=7, 4)).expect("there is space");
+    assert!(tokio::time::timeout(GATHERING / 4, room.batch()).await.is_err(), "three are writing");
+    abreast.into_iter().for_each(busy);
+}
+
+#[tokio::test]
+async fn while_two_are_written_the_next_one_gathers_until_it_is_half_full_or_its_moment_has_passed() {
     let room = room(4, 100);
     let request = |site: u128, events: u32| (0..events).map(|at| event(site, at)).collect::<Vec<_>>();
     room.take(request(1, 1)).expect("there is space");
@@ -258,12 +277,12 @@ async fn while_two_are_written_the_next_one_gathers_until_it_is_full_or_its_mome
     room.take(request(2, 1)).expect("there is space");
     let second = room.batch().await.expect("nor one with one writer");
 
-    room.take(request(3, 3)).expect("there is space");
-    let early = tokio::time::timeout(GATHERING / 4, room.batch()).await;
-    assert!(early.is_err(), "three of four, and two are writing");
     room.take(request(3, 1)).expect("there is space");
-    let full = room.batch().await.expect("it is full");
-    assert_eq!(full.events.len(), 4);
+    let early = tokio::time::timeout(GATHERING / 4, room.batch()).await;
+    assert!(early.is_err(), "one of four, and two are writing");
+    room.take(request(3, 1)).expect("there is space");
+    let half = room.batch().await.expect("it is half full");
+    assert_eq!(half.events.len(), 2);
 
     room.take(request(4, 2)).expect("there is space");
     let since = Instant::now();
@@ -277,6 +296,6 @@ async fn while_two_are_written_the_next_one_gathers_until_it_is_full_or_its_mome
         async move { room.batch().await.map(|batch| batch.events.len()) }
     });
     tokio::task::yield_now().await;
-    [first, second, full].into_iter().for_each(busy);
+    [first, second, half].into_iter().for_each(busy);
     assert_eq!(next.await.expect("no panic"), Some(2), "one still writes");
 }

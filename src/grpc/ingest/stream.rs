@@ -41,7 +41,7 @@ const MAX_MESSAGE_ID: usize = 128;
 /// Events of one stream that are on their way: enough to keep every writer busy with full batches.
 pub(super) const MAX_IN_FLIGHT: usize = 1024;
 /// Their bytes, roughly: one stream takes at most a part of the pipeline's room.
-const MAX_BYTES: usize = 2 << 20;
+const MAX_BYTES: usize = 4 << 20;
 /// A stream that ends waits this long for what it took. Longer than the pipeline's patience, well inside the grace of a stop.
 const FINISH: Duration = Duration::from_secs(10);
 /// How often a stream asks whether its sender is still welcome: a revoked token stops within five seconds.
