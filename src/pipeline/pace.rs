@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 /// So many are told at once ...
-const AT_ONCE: u32 = 50;
+const AT_ONCE: u32 = 20;
 /// ... within this time.
 const WINDOW: Duration = Duration::from_millis(100);
 /// The others are held back for so long: short beside the second or more after which they are to come again.
-const HELD_BACK: Duration = Duration::from_millis(250);
+const HELD_BACK: Duration = Duration::from_millis(500);
 
 /// Of all doors together.
 #[derive(Debug)]
