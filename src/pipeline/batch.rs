@@ -1,44 +1,28 @@
 //! A batch in one transaction with a fixed number of statements, whatever its size.
 //!
 //! Pass the gates of the sites and lock sessions and fingerprints by name; load the sessions from the three months they can be in; insert the
-//! events and learn which are new; merge the new ones into their sessions (pure); write them. Only of sessions whose history is not settled:
-//! ask for it. Only when a paid visit appeared or moved: look for the stored sessions that follow it, ask for their history, correct them,
-//! or note them if there are too many for a batch (`followers.rs`).
-//! Only when something came in that calls may care for: note the calls that have to be matched again.
+//! events and learn which are new; merge the new ones into their sessions (pure); write them, with what follows from them
+//! (`consequences.rs`).
 //!
-//! A step that does not need the answer of the one before is sent along with it (`join!`, in its order), so a batch waits for the database
-//! about five times.
+//! A step that does not need the answer of the one before is sent along with it (`join!`, in its order). Nearly always every event is new, so
+//! what would follow from that is asked along with their insertion, and asked again where it was not so. What nothing has to follow is committed
+//! along with it. So a batch mostly waits for the database three times.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::followers;
-use crate::domain::ads_history;
+use super::consequences::{Change, Consequences};
 use crate::domain::attribution::Attribution;
 use crate::domain::event::Event;
 use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
 use crate::domain::month::Month;
 use crate::domain::outcome::{Outcome, Receipt};
-use crate::domain::rematch::Touched;
 use crate::domain::session::Session;
 use crate::domain::signal::SignalSet;
-use crate::store::ads_history::Visit;
 use crate::store::error::StoreError;
+use crate::store::events::EventKey;
 use crate::store::locks::{self, LockName};
 use crate::store::transaction::{Purpose, Transaction};
 use crate::store::{self, Store};
-
-/// A session of the batch: as it was stored (none: it is new) and as it is with the batch's events.
-struct Change {
-    before: Option<Session>,
-    after: Session,
-}
-
-impl Change {
-    /// Whether there is one, or only copies came in.
-    fn is_one(&self) -> bool {
-        self.before.as_ref() != Some(&self.after)
-    }
-}
 
 /// What became of a batch.
 #[derive(Debug, Default)]
@@ -75,43 +59,40 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
         if known.len() < stored.len() { settled(&tx, months, events, &stored).await? } else { HashMap::new() };
 
     let placed = place(events, &known, &settled);
-    let new = insert(&tx, &placed).await?;
-    let mut changes = merge(&placed, &new, stored);
+    let distinct = distinct(&placed);
+    let all: HashSet<usize> = distinct.values().copied().collect();
+    let mut changes = merge(&placed, &all, stored);
+    let (new, hoped) = tokio::join!(
+        biased;
+        insert(&tx, &placed, distinct),
+        Consequences::ask(&tx, &mut changes, &told, &placed, &all),
+    );
+    let new = new?;
+    let consequences = if new == all {
+        hoped?
+    } else {
+        let stored = changes.into_values().filter_map(|change| change.before).collect();
+        changes = merge(&placed, &new, stored);
+        Consequences::ask(&tx, &mut changes, &told, &placed, &new).await?
+    };
+
+    let sessions: Vec<&Session> =
+        changes.values().filter(|change| change.is_one()).map(|change| &change.after).collect();
+    if new.len() == placed.len() && consequences.are_none() {
+        store::sessions::upsert_and_commit(tx, &sessions).await?;
+        let stored = |(key, _): &(SessionKey, &Event)| {
+            Outcome::Stored(receipt(*key, changes.get(key).map(|change| &change.after)))
+        };
+        return Ok(Written { outcomes: placed.iter().map(stored).collect(), rematch: Vec::new() });
+    }
     let mut rematch = Vec::new();
-    if changes.values().any(Change::is_one) {
-        attribute(&tx, &mut changes, &told).await?;
-        let sessions: Vec<&Session> =
-            changes.values().filter(|change| change.is_one()).map(|change| &change.after).collect();
-        let (written, corrected) =
-            tokio::join!(biased; store::sessions::upsert(&tx, &sessions), correct_followers(&tx, &changes));
-        written?;
-        rematch = store::rematches::note(&tx, touched(&changes, &placed, &new, corrected?)).await?;
+    if !sessions.is_empty() {
+        store::sessions::upsert(&tx, &sessions).await?;
+        rematch = consequences.write(&tx, &changes).await?;
     }
     let outcomes = outcomes(&tx, months, &placed, &new, &changes).await?;
     tx.commit().await?;
     Ok(Written { outcomes, rematch })
-}
-
-/// What calls may care for: the sessions that changed, with their new events, and the followers that were corrected.
-fn touched(
-    changes: &BTreeMap<SessionKey, Change>,
-    placed: &[(SessionKey, &Event)],
-    new: &HashSet<usize>,
-    corrected: Vec<SessionKey>,
-) -> Touched {
-    let mut by_session: HashMap<SessionKey, Vec<&Event>> = HashMap::new();
-    for (place, (key, event)) in placed.iter().enumerate() {
-        if new.contains(&place) {
-            by_session.entry(*key).or_default().push(event);
-        }
-    }
-    let mut touched = Touched::default();
-    for (key, change) in changes.iter().filter(|(_, change)| change.is_one()) {
-        let events = by_session.remove(key).unwrap_or_default();
-        touched.by_session(change.before.as_ref(), &change.after, &events);
-    }
-    corrected.into_iter().for_each(|key| touched.credited(key));
-    touched
 }
 
 /// What became of each event. A copy is told where the event lies, which is another session if that was the first to use its id.
@@ -131,12 +112,7 @@ async fn outcomes(
 
     let receipt = |key: SessionKey| {
         let other = || others.iter().find(|session| session.key == key);
-        let session = changes.get(&key).map(|change| &change.after).or_else(other);
-        Receipt {
-            session: key,
-            signals: session.map_or(SignalSet::EMPTY, Session::signals),
-            attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
-        }
+        receipt(key, changes.get(&key).map(|change| &change.after).or_else(other))
     };
     let outcome = |(place, (key, event)): (usize, &(SessionKey, &Event))| {
         if new.contains(&place) {
@@ -149,6 +125,14 @@ async fn outcomes(
         Outcome::Duplicate(receipt(lies))
     };
     Ok(placed.iter().enumerate().map(outcome).collect())
+}
+
+fn receipt(key: SessionKey, session: Option<&Session>) -> Receipt {
+    Receipt {
+        session: key,
+        signals: session.map_or(SignalSet::EMPTY, Session::signals),
+        attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
+    }
 }
 
 /// Where stored sessions lie, by visit. A visit has one session; were there two (its events were imported over months that are no
@@ -206,12 +190,21 @@ fn place<'e>(
     events.iter().map(|event| (key(event), *event)).collect()
 }
 
-/// Inserts the events, sorted by key and each once, and tells the places of those that are new.
-async fn insert(tx: &Transaction<'_>, placed: &[(SessionKey, &Event)]) -> Result<HashSet<usize>, StoreError> {
-    let mut distinct: BTreeMap<store::events::EventKey, usize> = BTreeMap::new();
+/// The places of the events, sorted by key and each once.
+fn distinct(placed: &[(SessionKey, &Event)]) -> BTreeMap<EventKey, usize> {
+    let mut distinct: BTreeMap<EventKey, usize> = BTreeMap::new();
     for (place, (key, event)) in placed.iter().enumerate() {
         distinct.entry((key.site_id, key.month, event.id)).or_insert(place);
     }
+    distinct
+}
+
+/// Inserts the events, and tells the places of those that are new.
+async fn insert(
+    tx: &Transaction<'_>,
+    placed: &[(SessionKey, &Event)],
+    distinct: BTreeMap<EventKey, usize>,
+) -> Result<HashSet<usize>, StoreError> {
     let rows: Vec<_> = distinct.values().map(|place| placed[*place]).collect();
     let inserted = store::events::insert(tx, &rows).await?;
     Ok(distinct.into_iter().filter(|(key, _)| inserted.contains(key)).map(|(_, place)| place).collect())
@@ -232,57 +225,4 @@ fn merge(placed: &[(SessionKey, &Event)], new: &HashSet<usize>, stored: Vec<Sess
         }
     }
     changes
-}
-
-/// Settles for the sessions of the batch whether they follow an ad: by the table, and by the batch itself. `told` are the fingerprints that were locked
-/// before the sessions were read. What is stored of a session with such a fingerprint holds, unless the batch itself changes what it rests on:
-/// whoever moves a paid visit corrects its followers under the same lock.
-async fn attribute(
-    tx: &Transaction<'_>,
-    changes: &mut BTreeMap<SessionKey, Change>,
-    told: &HashSet<LockName>,
-) -> Result<(), StoreError> {
-    let lock = |session: &Session| Some(LockName::fingerprint(session.key.site_id, session.fingerprint()?));
-    let names = changes.values().flat_map(|change| [change.before.as_ref().and_then(lock), lock(&change.after)]);
-    let late: HashSet<LockName> = names.flatten().filter(|name| !told.contains(name)).collect();
-    locks::take(tx, late.iter().copied().collect()).await?;
-
-    let reaches = changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after));
-    let moved: HashSet<LockName> =
-        reaches.map(|reach| LockName::fingerprint(reach.site_id, &reach.fingerprint)).collect();
-    let settled = |change: &Change| {
-        ads_history::settled(change.before.as_ref(), &change.after)
-            && lock(&change.after).is_none_or(|name| !late.contains(&name) && !moved.contains(&name))
-    };
-    let open: Vec<SessionKey> = changes.iter().filter(|(_, change)| !settled(change)).map(|(key, _)| *key).collect();
-    let asked: Vec<Visit> =
-        open.iter().map(|key| &changes[key].after).filter(|session| !session.is_direct()).filter_map(visit).collect();
-    let answers = followers::judge(tx, &asked, &own(changes)).await?;
-    let assisted: HashSet<SessionKey> =
-        asked.iter().zip(answers).filter(|(_, follows)| *follows).map(|(visit, _)| visit.key).collect();
-    for key in open {
-        if let Some(change) = changes.get_mut(&key) {
-            change.after.ads_assisted = assisted.contains(&key);
-        }
-    }
-    Ok(())
-}
-
-/// Corrects the stored sessions whose earlier paid visit appeared or moved with this batch; those that it corrected.
-async fn correct_followers(
-    tx: &Transaction<'_>,
-    changes: &BTreeMap<SessionKey, Change>,
-) -> Result<Vec<SessionKey>, StoreError> {
-    let reaches = changes.values().flat_map(|change| ads_history::reaches(change.before.as_ref(), &change.after));
-    followers::correct(tx, ads_history::joined(reaches), &own(changes)).await
-}
-
-/// The sessions of the batch as they will be.
-fn own(changes: &BTreeMap<SessionKey, Change>) -> Vec<&Session> {
-    changes.values().map(|change| &change.after).collect()
-}
-
-fn visit(session: &Session) -> Option<Visit> {
-    let fingerprint = session.fingerprint()?.to_owned();
-    Some(Visit { key: session.key, fingerprint, created_at: session.created_at })
 }

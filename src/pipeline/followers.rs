@@ -21,7 +21,7 @@ use crate::domain::attribution::Attribution;
 use crate::domain::id::{SessionKey, SiteId};
 use crate::domain::rematch::Touched;
 use crate::domain::session::Session;
-use crate::store::ads_history::{Follower, Visit};
+use crate::store::ads_history::{Follower, Followers, Visit};
 use crate::store::error::StoreError;
 use crate::store::locks::{self, LockName};
 use crate::store::transaction::{Purpose, Transaction};
@@ -37,18 +37,22 @@ const BREATH: Duration = Duration::from_millis(50);
 /// Fingerprints of one look-up.
 const PAGE: i64 = 100;
 
-/// Corrects the followers of a batch's reaches, one a fingerprint, and notes those that have too many; the sessions that it corrected. `own` are
-/// the sessions of the batch as it writes them.
-pub(super) async fn correct(
-    tx: &Transaction<'_>,
-    reaches: Vec<Reach>,
-    own: &[&Session],
-) -> Result<Vec<SessionKey>, StoreError> {
+/// The stored sessions in a batch's reaches, one a fingerprint. `own` are the sessions of the batch as it writes them, which are left out.
+pub(super) async fn find(tx: &Transaction<'_>, reaches: Vec<Reach>, own: &[&Session]) -> Result<Followers, StoreError> {
     // Each has its share, so that a fingerprint with very many takes nothing from the others.
     let share = (AT_ONCE / reaches.len().max(1)).max(1);
     let mut followers = store::ads_history::followers(tx, &reaches, share).await?;
     let known: HashSet<SessionKey> = own.iter().map(|session| session.key).collect();
     followers.found.retain(|follower| !known.contains(&follower.visit.key));
+    Ok(followers)
+}
+
+/// Corrects them, and notes the reaches that have too many; the sessions that it corrected.
+pub(super) async fn correct(
+    tx: &Transaction<'_>,
+    followers: Followers,
+    own: &[&Session],
+) -> Result<Vec<SessionKey>, StoreError> {
     store::late_followers::note(tx, &followers.left).await?;
     fix(tx, followers.found, own).await
 }
@@ -152,7 +156,8 @@ async fn step(store: &Store, site: SiteId, fingerprint: &str) -> Result<bool, St
     let mut touched = Touched::default();
     fix(&tx, followers, &[]).await?.into_iter().for_each(|key| touched.credited(key));
     // Their calls are matched again by the sweep of calls.
-    store::rematches::note(&tx, touched).await?;
+    let sites = store::rematches::sites_with_calls(&tx, &touched).await?;
+    store::rematches::note(&tx, touched.of_sites(&sites)).await?;
     store::late_followers::go_on(&tx, site, fingerprint, place).await?;
     tx.commit().await?;
     metrics::counter!(telemetry::LATE_FOLLOWERS_LOOKED_AT_TOTAL).increment(looked_at as u64);

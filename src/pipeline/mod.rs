@@ -37,6 +37,7 @@ use pace::Pace;
 use waiting::WaitingRoom;
 
 mod batch;
+mod consequences;
 pub mod followers;
 mod locked;
 mod pace;

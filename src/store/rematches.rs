@@ -78,17 +78,20 @@ fn ids(rows: &[tokio_postgres::Row], operation: &'static str) -> Result<Vec<Uuid
     ids.map_err(|error| StoreError::unreadable(operation, error))
 }
 
-/// Notes the calls that were touched; their sites. The caller has passed the gates of these.
-pub async fn note(tx: &Transaction<'_>, touched: Touched) -> Result<Vec<SiteId>, StoreError> {
+/// The sites of which calls may be touched.
+pub async fn sites_with_calls(tx: &Transaction<'_>, touched: &Touched) -> Result<HashSet<SiteId>, StoreError> {
     let since = touched.since();
     if since.is_empty() {
-        return Ok(Vec::new());
+        return Ok(HashSet::new());
     }
     let (sites, since): (Vec<Uuid>, Vec<DateTime<Utc>>) =
         since.iter().map(|(site, since)| (site.as_uuid(), *since)).unzip();
     let rows = tx.query(&SITES_WITH_CALLS_SINCE, &[&sites, &since]).await?;
-    let sites: HashSet<SiteId> = ids(&rows, SITES_WITH_CALLS_SINCE.name)?.into_iter().map(SiteId::from_uuid).collect();
-    let touched = touched.of_sites(&sites);
+    Ok(ids(&rows, SITES_WITH_CALLS_SINCE.name)?.into_iter().map(SiteId::from_uuid).collect())
+}
+
+/// Notes the calls that were touched, of [`sites_with_calls`]; their sites. The caller has passed the gates of these.
+pub async fn note(tx: &Transaction<'_>, touched: Touched) -> Result<Vec<SiteId>, StoreError> {
     if touched.is_empty() {
         return Ok(Vec::new());
     }

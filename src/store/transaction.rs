@@ -6,7 +6,9 @@
 //! the caller's deadline passed or they hung up, the server is asked to stop it.
 
 use std::borrow::Cow;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::Instant;
 
 use tokio_postgres::Row;
@@ -190,6 +192,31 @@ impl<'a> Transaction<'a> {
     /// Commits. Only after this is anything durable.
     pub async fn commit(self) -> Result<(), StoreError> {
         self.simple("commit", "COMMIT").await?;
+        self.connection.set_in_transaction(false);
+        Ok(())
+    }
+
+    /// Runs a last statement and commits, without waiting in between. If the statement fails, PostgreSQL commits nothing.
+    pub(super) async fn query_and_commit(
+        self,
+        statement: &'static Statement,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<(), StoreError> {
+        {
+            let mut last = pin!(self.query(statement, params));
+            // It is sent, or has failed, before it is waited for. What could not be sent must not be missing in what is committed.
+            match futures::poll!(last.as_mut()) {
+                Poll::Ready(done) => {
+                    done?;
+                    self.simple("commit", "COMMIT").await?;
+                }
+                Poll::Pending => {
+                    let (done, committed) = tokio::join!(biased; last, self.simple("commit", "COMMIT"));
+                    done?;
+                    committed?;
+                }
+            }
+        }
         self.connection.set_in_transaction(false);
         Ok(())
     }

@@ -64,6 +64,39 @@ async fn a_poisonous_event_dies_alone_and_its_neighbours_are_stored() {
 }
 
 #[tokio::test]
+async fn a_visit_that_the_database_refuses_leaves_none_of_its_events_whether_at_once_or_at_the_commit() {
+    let database = database().await;
+    let site = database.site("poison").await.id;
+    let refuse = "CREATE FUNCTION poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                    IF NEW.entry_page LIKE '%poison%' THEN RAISE EXCEPTION 'poison'; END IF; RETURN NEW; END $$;";
+    database.admin.batch_execute(refuse).await.expect("a function that refuses");
+    let at_once = "CREATE TRIGGER poison BEFORE INSERT ON sessions FOR EACH ROW EXECUTE FUNCTION poison()";
+    let at_the_commit = "CREATE CONSTRAINT TRIGGER poison AFTER INSERT ON sessions DEFERRABLE INITIALLY DEFERRED \
+                         FOR EACH ROW EXECUTE FUNCTION poison()";
+    let pipeline = start(&database.store, PipelineConfig { writers: 1, ..PipelineConfig::default() });
+    // Often enough for the statements to be kept ready, which is another way to the database.
+    for (round, trigger) in [at_once, at_the_commit].into_iter().cycle().take(8).enumerate() {
+        let round = u32::try_from(round).expect("a few");
+        database.admin.batch_execute(trigger).await.expect("a trigger");
+        let events = (1..=20).map(|id| match id {
+            7 | 15 => Spec::new(100 * round + id, &format!("bad{round}"), Utc::now()).url("https://a.example/poison"),
+            _ => Spec::new(100 * round + id, &format!("s{}", id % 7), Utc::now()),
+        });
+        let outcomes = pipeline.submit(events.map(|spec| spec.event(site)).collect()).await;
+        for (id, outcome) in (1..).zip(&outcomes) {
+            match id {
+                7 | 15 => assert_eq!(*outcome, Outcome::Dead(DeathReason::RefusedByDatabase), "{round}: {id}"),
+                _ => assert!(matches!(outcome, Outcome::Stored(_)), "{round}: {id}: {outcome:?}"),
+            }
+        }
+        database.admin.batch_execute("DROP TRIGGER poison ON sessions").await.expect("it is there");
+        let stored = i64::from(18 * (round + 1));
+        assert_eq!(database.count("SELECT count(*) FROM events").await, stored);
+        assert_eq!(database.count("SELECT sum(event_count)::bigint FROM sessions").await, stored);
+    }
+}
+
+#[tokio::test]
 async fn an_event_of_a_site_that_is_gone_dies_with_that_reason() {
     let database = database().await;
     let gone = opsmantik::domain::id::SiteId::from_uuid(uuid::Uuid::from_u128(404));
