@@ -5,8 +5,9 @@
 //! (`consequences.rs`).
 //!
 //! A step that does not need the answer of the one before is sent along with it (`join!`, in its order). Nearly always every event is new, so
-//! what would follow from that is asked along with their insertion, and asked again where it was not so. What nothing has to follow is committed
-//! along with it. So a batch mostly waits for the database three times.
+//! what would follow from that is asked along with their insertion, and asked again where it was not so; what is in the way of the questions
+//! is then in the way of copies, too. Sessions that nothing has to follow are committed along with being written. So a batch mostly waits for
+//! the database three times.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -67,9 +68,10 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
         insert(&tx, &placed, distinct),
         Consequences::ask(&tx, &mut changes, &told, &placed, &all),
     );
-    let new = new?;
+    // Both, whatever was guessed: after either has failed the transaction answers nothing more, and least of all why.
+    let (new, hoped) = (new?, hoped?);
     let consequences = if new == all {
-        hoped?
+        hoped
     } else {
         let stored = changes.into_values().filter_map(|change| change.before).collect();
         changes = merge(&placed, &new, stored);

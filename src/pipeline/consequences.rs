@@ -75,17 +75,18 @@ impl Consequences {
             store::rematches::sites_with_calls(tx, &may_touch),
         );
         drop(own);
+        // In the order in which they were sent: after the first that failed the others only hear that something had.
+        let (answers, followers, sites) = (answers?, followers?, sites?);
         let assisted: HashSet<SessionKey> =
-            asked.iter().zip(answers?).filter(|(_, follows)| *follows).map(|(visit, _)| visit.key).collect();
+            asked.iter().zip(answers).filter(|(_, follows)| *follows).map(|(visit, _)| visit.key).collect();
         for key in open {
             if let Some(change) = changes.get_mut(&key) {
                 change.after.ads_assisted = assisted.contains(&key);
             }
         }
-        let sites = sites?;
         let touched =
             if sites.is_empty() { Touched::default() } else { touched(changes, placed, new).of_sites(&sites) };
-        Ok(Self { followers: followers?, touched })
+        Ok(Self { followers, touched })
     }
 
     /// Whether nothing is to be written.
@@ -94,18 +95,16 @@ impl Consequences {
     }
 
     /// Writes them, after the sessions; the sites of which calls are to be matched again.
-    pub async fn write(self, tx: &Transaction<'_>, changes: &Changes) -> Result<Vec<SiteId>, StoreError> {
+    pub async fn write(mut self, tx: &Transaction<'_>, changes: &Changes) -> Result<Vec<SiteId>, StoreError> {
         let corrected = followers::correct(tx, self.followers, &own(changes)).await?;
-        let mut sites = store::rematches::note(tx, self.touched).await?;
         if !corrected.is_empty() {
-            let mut touched = Touched::default();
-            corrected.into_iter().for_each(|key| touched.credited(key));
-            let with_calls = store::rematches::sites_with_calls(tx, &touched).await?;
-            sites.extend(store::rematches::note(tx, touched.of_sites(&with_calls)).await?);
-            sites.sort_unstable();
-            sites.dedup();
+            let mut credited = Touched::default();
+            corrected.into_iter().for_each(|key| credited.credited(key));
+            let sites = store::rematches::sites_with_calls(tx, &credited).await?;
+            self.touched.credited.extend(credited.of_sites(&sites).credited);
         }
-        Ok(sites)
+        // All at once, since they are noted in their order: two servers would otherwise wait for each other.
+        store::rematches::note(tx, self.touched).await
     }
 }
 

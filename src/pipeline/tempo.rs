@@ -15,7 +15,7 @@ const ABREAST: usize = 2;
 /// ... and so many where there is more.
 const MOST_ABREAST: usize = 3;
 /// So many events are worth a batch beside another at once. With fewer it is better to wait for the moment: who heard of the batch before comes
-/// back within it, and half as many batches cost the database a fifth less for an event.
+/// back within it, and half as many batches cost the database a sixth less for an event.
 const WORTHWHILE: usize = 64;
 /// So long fewer of them wait for others, unless nothing is being written.
 const MOMENT: Duration = Duration::from_millis(3);

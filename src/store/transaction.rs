@@ -196,7 +196,8 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// Runs a last statement and commits, without waiting in between. If the statement fails, PostgreSQL commits nothing.
+    /// Runs a last statement and commits, without waiting in between. If the statement fails, PostgreSQL commits nothing. Whoever drops this
+    /// while it waits knows as little of what became of it as whoever drops a commit.
     pub(super) async fn query_and_commit(
         self,
         statement: &'static Statement,
