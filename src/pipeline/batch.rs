@@ -80,18 +80,14 @@ pub(super) async fn write(store: &Store, events: &[&Event]) -> Result<Written, S
 
     let sessions: Vec<&Session> =
         changes.values().filter(|change| change.is_one()).map(|change| &change.after).collect();
-    if new.len() == placed.len() && consequences.are_none() {
+    if consequences.are_none() {
+        // What is told of copies does not change by what is still to be written.
+        let outcomes = outcomes(&tx, months, &placed, &new, &changes).await?;
         store::sessions::upsert_and_commit(tx, &sessions).await?;
-        let stored = |(key, _): &(SessionKey, &Event)| {
-            Outcome::Stored(receipt(*key, changes.get(key).map(|change| &change.after)))
-        };
-        return Ok(Written { outcomes: placed.iter().map(stored).collect(), rematch: Vec::new() });
+        return Ok(Written { outcomes, rematch: Vec::new() });
     }
-    let mut rematch = Vec::new();
-    if !sessions.is_empty() {
-        store::sessions::upsert(&tx, &sessions).await?;
-        rematch = consequences.write(&tx, &changes).await?;
-    }
+    store::sessions::upsert(&tx, &sessions).await?;
+    let rematch = consequences.write(&tx, &changes).await?;
     let outcomes = outcomes(&tx, months, &placed, &new, &changes).await?;
     tx.commit().await?;
     Ok(Written { outcomes, rematch })
@@ -114,7 +110,12 @@ async fn outcomes(
 
     let receipt = |key: SessionKey| {
         let other = || others.iter().find(|session| session.key == key);
-        receipt(key, changes.get(&key).map(|change| &change.after).or_else(other))
+        let session = changes.get(&key).map(|change| &change.after).or_else(other);
+        Receipt {
+            session: key,
+            signals: session.map_or(SignalSet::EMPTY, Session::signals),
+            attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
+        }
     };
     let outcome = |(place, (key, event)): (usize, &(SessionKey, &Event))| {
         if new.contains(&place) {
@@ -127,14 +128,6 @@ async fn outcomes(
         Outcome::Duplicate(receipt(lies))
     };
     Ok(placed.iter().enumerate().map(outcome).collect())
-}
-
-fn receipt(key: SessionKey, session: Option<&Session>) -> Receipt {
-    Receipt {
-        session: key,
-        signals: session.map_or(SignalSet::EMPTY, Session::signals),
-        attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
-    }
 }
 
 /// Where stored sessions lie, by visit. A visit has one session; were there two (its events were imported over months that are no

@@ -258,8 +258,11 @@ pub async fn upsert(tx: &Transaction<'_>, sessions: &[&Session]) -> Result<(), S
     Ok(())
 }
 
-/// The same as the last of a transaction, which is committed along with it.
+/// The same as the last of a transaction, which is committed along with it. There may be none.
 pub async fn upsert_and_commit(tx: Transaction<'_>, sessions: &[&Session]) -> Result<(), StoreError> {
+    if sessions.is_empty() {
+        return tx.commit().await;
+    }
     tx.query_and_commit(&UPSERT_SESSIONS, &[&Rows(sessions)]).await
 }
 
