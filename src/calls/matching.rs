@@ -22,22 +22,14 @@ use crate::store::call_evidence::{Conversion, Standing};
 use crate::store::error::StoreError;
 use crate::store::transaction::Transaction;
 
-/// What was matched.
-pub(super) struct Settled {
-    /// All of the calls, as they are stored.
-    pub calls: Vec<Call>,
-    /// Sessions that are credited with other calls than before: to be written by [`store::sessions::set_call_signals`].
-    pub credits: Vec<Session>,
-}
-
-/// Matches the open ones of `calls` and writes those that changed by it, and those with a key in `told`.
+/// Matches the open ones of `calls` and writes those that changed by it, and those with a key in `told`; all of them as they are stored then.
 pub(super) async fn settle(
     tx: &Transaction<'_>,
     site: SiteId,
     region: Option<&str>,
     mut calls: Vec<Call>,
     told: &[CallKey],
-) -> Result<Settled, StoreError> {
+) -> Result<Vec<Call>, StoreError> {
     let told: HashSet<&CallKey> = told.iter().collect();
     let mut stale = HashSet::new();
     let mut credits: BTreeSet<SessionKey> = BTreeSet::new();
@@ -76,9 +68,10 @@ pub(super) async fn settle(
         store::call_evidence::credited(tx, site, &credits),
         store::sessions::load_keys(tx, site, &credits),
     );
-    let mut calls = written?;
-    calls.extend(same);
-    Ok(Settled { calls, credits: credit(&credited?, sessions?) })
+    let mut written = written?;
+    credit(tx, site, &credited?, sessions?).await?;
+    written.extend(same);
+    Ok(written)
 }
 
 /// Of these calls those whose match rests on events that are no longer there, because their month was dropped. What is left of the window
@@ -188,12 +181,17 @@ async fn freeze(
         .collect())
 }
 
-/// Settles for each session whether a call is credited to it, and with that its signals and score; those that changed.
-fn credit(credited: &[SessionKey], mut sessions: Vec<Session>) -> Vec<Session> {
+/// Settles for each session whether a call is credited to it, and with that its signals and score.
+async fn credit(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    credited: &[SessionKey],
+    mut sessions: Vec<Session>,
+) -> Result<(), StoreError> {
     sessions.retain_mut(|session| {
         let raised: SignalSet =
             credited.contains(&session.key).then_some(Signal::PrimaryConversion).into_iter().collect();
         std::mem::replace(&mut session.call_signals, raised) != raised
     });
-    sessions
+    store::sessions::set_call_signals(tx, site, &sessions).await
 }

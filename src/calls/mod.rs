@@ -259,10 +259,10 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec
     }
     let mut all: Vec<Call> = calls.into_values().collect();
     all.sort_by_key(|call| call.id);
-    let settled = matching::settle(&tx, site, region.as_deref(), all, &changed).await?;
-    store::sessions::set_call_signals_and_commit(tx, site, &settled.credits).await?;
+    let written = matching::settle(&tx, site, region.as_deref(), all, &changed).await?;
+    tx.commit().await?;
 
-    let written: HashMap<_, &Call> = settled.calls.iter().map(|call| (&call.key, call)).collect();
+    let written: HashMap<_, &Call> = written.iter().map(|call| (&call.key, call)).collect();
     let result = |(push, effect): (&Push, Effect)| {
         let call = written.get(&push.key).map(|call| (*call).clone());
         call.map(|call| Recorded { call, effect })
@@ -292,8 +292,7 @@ async fn settle_some(store: &Store, site: SiteId) -> Result<bool, StoreError> {
     }
     let region = store::sites::region(&tx, site).await?;
     let calls = store::calls::lock(&tx, site, &noted).await?;
-    let settled = matching::settle(&tx, site, region.as_deref(), calls, &[]).await?;
-    store::sessions::set_call_signals(&tx, site, &settled.credits).await?;
+    matching::settle(&tx, site, region.as_deref(), calls, &[]).await?;
     store::rematches::forget(&tx, site, &noted).await?;
     tx.commit().await?;
     metrics::counter!(telemetry::CALLS_REMATCHED_TOTAL).increment(noted.len() as u64);
@@ -337,9 +336,7 @@ async fn review_once(
     };
     if call.is_open() {
         let region = store::sites::region(&tx, site).await?;
-        let mut settled = matching::settle(&tx, site, region.as_deref(), vec![call.clone()], &[]).await?;
-        store::sessions::set_call_signals(&tx, site, &settled.credits).await?;
-        if let Some(matched) = settled.calls.pop() {
+        if let Some(matched) = matching::settle(&tx, site, region.as_deref(), vec![call.clone()], &[]).await?.pop() {
             call = matched;
         }
         store::rematches::forget(&tx, site, &[id]).await?;

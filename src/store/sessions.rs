@@ -193,57 +193,24 @@ pub async fn load_keys(tx: &Transaction<'_>, site: SiteId, keys: &[SessionKey]) 
         .collect()
 }
 
-/// What calls raise, with the signals and the score that follow from it, as the columns of `SET_CALL_SIGNALS`.
-struct CallSignals {
-    from: chrono::NaiveDate,
-    to: chrono::NaiveDate,
-    months: Vec<chrono::NaiveDate>,
-    ids: Vec<Uuid>,
-    call_signals: Vec<i32>,
-    signals: Vec<i32>,
-    scores: Vec<i16>,
-}
-
-impl CallSignals {
-    /// None of no sessions.
-    fn of(sessions: &[Session]) -> Option<Self> {
-        let (from, to) = span(sessions.iter().map(|session| session.key))?;
-        fn column<T>(sessions: &[Session], pick: impl Fn(&Session) -> T) -> Vec<T> {
-            sessions.iter().map(pick).collect()
-        }
-        Some(Self {
-            from,
-            to,
-            months: column(sessions, |session| session.key.month.first_day()),
-            ids: column(sessions, |session| session.key.id.as_uuid()),
-            call_signals: column(sessions, |session| session.call_signals.bits()),
-            signals: column(sessions, |session| session.signals().bits()),
-            scores: column(sessions, |session| i16::from(session.score().get())),
-        })
-    }
-
-    fn params<'p>(&'p self, site: &'p Uuid) -> [&'p (dyn ToSql + Sync); 8] {
-        [site, &self.from, &self.to, &self.months, &self.ids, &self.call_signals, &self.signals, &self.scores]
-    }
-}
-
-/// Writes what calls raise. The caller has closed the site's gate.
+/// Writes what calls raise, with the signals and the score that follow from it. The caller has closed the site's gate.
 pub async fn set_call_signals(tx: &Transaction<'_>, site: SiteId, sessions: &[Session]) -> Result<(), StoreError> {
-    let Some(columns) = CallSignals::of(sessions) else { return Ok(()) };
-    tx.query(&SET_CALL_SIGNALS, &columns.params(&site.as_uuid())).await?;
-    Ok(())
-}
-
-/// The same as the last of a transaction, which is committed along with it.
-pub async fn set_call_signals_and_commit(
-    tx: Transaction<'_>,
-    site: SiteId,
-    sessions: &[Session],
-) -> Result<(), StoreError> {
-    match CallSignals::of(sessions) {
-        Some(columns) => tx.query_and_commit(&SET_CALL_SIGNALS, &columns.params(&site.as_uuid())).await,
-        None => tx.commit().await,
+    let Some((from, to)) = span(sessions.iter().map(|session| session.key)) else { return Ok(()) };
+    fn column<T>(sessions: &[Session], pick: impl Fn(&Session) -> T) -> Vec<T> {
+        sessions.iter().map(pick).collect()
     }
+    let params: [&(dyn ToSql + Sync); 8] = [
+        &site.as_uuid(),
+        &from,
+        &to,
+        &column(sessions, |session| session.key.month.first_day()),
+        &column(sessions, |session| session.key.id.as_uuid()),
+        &column(sessions, |session| session.call_signals.bits()),
+        &column(sessions, |session| session.signals().bits()),
+        &column(sessions, |session| i16::from(session.score().get())),
+    ];
+    tx.query(&SET_CALL_SIGNALS, &params).await?;
+    Ok(())
 }
 
 /// The first and the last month of these keys.
