@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep};
 const AT_ONCE: u32 = 20;
 /// ... within this time.
 const WINDOW: Duration = Duration::from_millis(100);
-/// The others are held back for so long: short beside the second or more after which they are to come again.
-const HELD_BACK: Duration = Duration::from_millis(500);
+/// The others are held back for so long: they are to come again after a second or more, and who does not listen waits for one all the same.
+const HELD_BACK: Duration = Duration::from_secs(1);
 
 /// Of all doors together.
 #[derive(Debug)]
