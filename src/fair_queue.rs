@@ -28,9 +28,8 @@ pub(crate) struct FairQueue<K, T> {
     /// Above zero, what newcomers may take before the ring has its turn; below, what the ring may take before newcomers have theirs.
     newcomers: i64,
     all: Load,
-    /// What may be served, and in how many lanes: all but those that are held.
+    /// What may be served: all but what waits in lanes that are held.
     ready: Load,
-    ready_lanes: usize,
 }
 
 /// How much waits.
@@ -90,7 +89,6 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
             newcomers: quantum,
             all: Load::default(),
             ready: Load::default(),
-            ready_lanes: 0,
         }
     }
 
@@ -99,14 +97,19 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         self.all.items == 0
     }
 
+    /// How much waits.
+    pub fn all(&self) -> Load {
+        self.all
+    }
+
     /// How much of it may be served.
     pub fn ready(&self) -> Load {
         self.ready
     }
 
-    /// Lanes with something that may be served, and those that are held.
-    pub fn lanes(&self) -> usize {
-        self.ready_lanes + self.held.len()
+    /// How much waits in a lane, be it held or not.
+    pub fn waiting(&self, key: K) -> Load {
+        self.lanes.get(&key).map_or(Load::default(), |lane| lane.load)
     }
 
     pub fn push(&mut self, key: K, weight: usize, item: T) {
@@ -123,7 +126,6 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         self.all.add(load);
         if !held {
             self.ready.add(load);
-            self.ready_lanes += usize::from(lane.load.items == 1);
         }
     }
 
@@ -134,7 +136,6 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         }
         if let Some(lane) = self.lanes.get_mut(&key) {
             self.ready.take(lane.load);
-            self.ready_lanes -= usize::from(lane.load.items > 0);
             // It does not keep the first place: when it is let go the others have their turn.
             for list in [&mut self.fresh, &mut self.ring] {
                 if list.front() == Some(&key) {
@@ -152,11 +153,19 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         }
         if let Some(lane) = self.lanes.get_mut(&key) {
             self.ready.add(lane.load);
-            self.ready_lanes += usize::from(lane.load.items > 0);
             if !std::mem::replace(&mut lane.listed, true) {
                 lane.end_turn(self.quantum);
                 self.ring.push_back(key);
             }
+        }
+    }
+
+    /// Lets a lane go that was held though it had its turn: it is the next one to have it, before those that have just begun as well.
+    pub fn release_next(&mut self, key: K) {
+        self.release(key);
+        if self.ring.back() == Some(&key) {
+            self.ring.rotate_right(1);
+            self.newcomers = self.newcomers.min(0);
         }
     }
 
@@ -180,7 +189,6 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
         let load = Load { items: 1, weight };
         lane.load.take(load);
         self.ready.take(load);
-        self.ready_lanes -= usize::from(lane.load.items == 0);
         self.share(is_fresh, signed(weight));
         self.took(load);
         Some((key, item))
@@ -203,7 +211,6 @@ impl<K: Copy + Eq + Hash, T> FairQueue<K, T> {
                 lane.load.take(gone);
                 if !self.held.contains(key) {
                     self.ready.take(gone);
-                    self.ready_lanes -= usize::from(lane.load.items == 0);
                 }
                 all.add(gone);
             }

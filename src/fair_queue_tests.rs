@@ -115,10 +115,12 @@ proptest! {
                 }
             }
             let ready: Vec<(u8, usize)> = inside.values().copied().filter(|(lane, _)| !held.contains(lane)).collect();
-            let lanes: BTreeSet<u8> = ready.iter().map(|(lane, _)| *lane).collect();
             let weight = ready.iter().map(|(_, weight)| weight).sum::<usize>();
             prop_assert_eq!(queue.ready(), Load { items: ready.len(), weight });
-            prop_assert_eq!(queue.lanes(), lanes.len() + held.len());
+            for lane in 0..6 {
+                let items = inside.values().filter(|(of, _)| *of == lane).count();
+                prop_assert_eq!(queue.waiting(lane).items, items, "held or not");
+            }
             prop_assert_eq!(queue.is_empty(), inside.is_empty());
             let listed = queue.lanes.values().filter(|lane| lane.listed).count();
             prop_assert_eq!(queue.fresh.len() + queue.ring.len(), listed, "a lane is in one list, once");
@@ -213,10 +215,30 @@ fn a_lane_that_is_held_keeps_its_place_and_is_served_after_the_others() {
     queue.hold(1);
     queue.push(1, 10, (1, 1));
     queue.push(2, 10, (2, 0));
-    assert_eq!((queue.ready().items, queue.lanes()), (1, 2));
+    assert_eq!((queue.ready().items, queue.waiting(1).items), (1, 2));
     assert_eq!(queue.pop(), Some((2, (2, 0))));
     assert_eq!((queue.pop(), queue.is_empty()), (None, false));
     queue.release(1);
     queue.push(3, 10, (3, 0));
     assert_eq!(drained(&mut queue), [(3, 0), (1, 0), (1, 1)], "who has just come first, then in its own order");
+}
+
+#[test]
+fn a_lane_that_was_put_off_is_the_next_one_whoever_has_just_begun() {
+    let mut queue = queue();
+    for lane in 1..=4 {
+        queue.push(lane, 10, (lane, 0));
+    }
+    for lane in 1..=3 {
+        assert_eq!(queue.next_lane(), Some(lane));
+        queue.hold(lane);
+    }
+    assert_eq!(queue.pop(), Some((4, (4, 0))));
+    queue.push(5, 10, (5, 0));
+    [3, 2].into_iter().for_each(|lane| queue.release_next(lane));
+    queue.release(1);
+    let order: Vec<u8> = drained(&mut queue).into_iter().map(|(lane, _)| lane).collect();
+    assert_eq!(order[0], 2, "{order:?}");
+    assert_eq!(order.len(), 4, "{order:?}");
+    assert!(order.iter().position(|lane| *lane == 3) < order.iter().position(|lane| *lane == 1), "{order:?}");
 }

@@ -7,9 +7,10 @@
 //!                      full: wait
 //! ```
 //!
-//! What is waiting when a writer is free is the next batch: an idle server writes single events at once, a busy one writes large batches. Two
-//! batches are written beside each other, each with its share of the sites that have something, so that one is understood while the database works
-//! on the other; a third begins when it is half full, or after a moment (`tempo.rs`). The rooms are counted in bytes, so memory stays flat.
+//! An idle server writes single events at once, a busy one writes large batches: what is waiting when nothing is being written is a round, of two
+//! batches beside each other, each with its share of the sites that have something, and of three where more waits than fits into one. Who is
+//! answered with one round mostly is in the next, so that waits for them for a moment; another batch begins beside a round when it is half full, or
+//! after a moment (`tempo.rs`). The rooms are counted in bytes, so memory stays flat.
 //! Who can wait for room has one apart: those who wait would else take every place that becomes free, and those who cannot would find none.
 //!
 //! Sites share it fairly. Each has a lane of its own (`fair_queue.rs`) in which events keep the order of their coming, and gets its turn in

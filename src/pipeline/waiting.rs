@@ -238,8 +238,8 @@ impl WaitingRoom {
 
     fn gather(self: &Arc<Self>, inside: &mut Inside) -> Option<Batch> {
         let (mut taken, mut bytes, mut sites, mut visits) = (Vec::new(), 0, BTreeSet::new(), HashSet::new());
-        let shares = inside.tempo.shares(inside.queue.ready());
-        let (share, mut aside) = (inside.queue.lanes().div_ceil(shares), Vec::new());
+        let share = inside.tempo.share(inside.queue.ready(), inside.queue.all());
+        let (mut claimed, mut aside) = (0, Vec::new());
         let most = inside.tempo.batch();
         let room = |events: usize, bytes: usize, visits: usize| {
             events < most && visits < self.config.batch_visits && bytes < self.config.batch_bytes
@@ -247,12 +247,15 @@ impl WaitingRoom {
         while taken.is_empty() || room(taken.len(), bytes, visits.len()) {
             let Some(site) = inside.queue.next_lane() else { break };
             if !sites.contains(&site) {
-                if sites.len() == share {
+                // All that waits of a site is claimed with it. With more than half of that beyond the share it is another's.
+                let waiting = inside.queue.waiting(site).items;
+                if claimed > 0 && claimed + waiting / 2 > share {
                     aside.push(site);
                     inside.queue.hold(site);
                     continue;
                 }
                 sites.insert(site);
+                claimed += waiting;
             }
             let Some((_, waiting)) = inside.queue.pop() else { break };
             bytes += waiting.counted;
@@ -261,7 +264,8 @@ impl WaitingRoom {
         }
         // More of these sites than it could hold; what waits of the others is no work that it was too small for.
         let full = inside.queue.ready().items > 0;
-        aside.into_iter().for_each(|site| inside.queue.release(site));
+        // In their order, they are the first of the next batch: else a flood that begins anew with each would be before them for ever.
+        aside.into_iter().rev().for_each(|site| inside.queue.release_next(site));
         sites.iter().for_each(|site| inside.queue.hold(*site));
         // Who could wait for room may have waited for longer than the patience, and must not cost the others theirs.
         let begun = Instant::now();
@@ -320,7 +324,7 @@ impl WaitingRoom {
 
     fn settle(&self, places: &[Place], sites: &BTreeSet<SiteId>, written: Option<Written>) {
         let mut inside = self.inside();
-        let writing = inside.tempo.settled();
+        let writing = inside.tempo.settled(places.len());
         sites.iter().for_each(|site| inside.queue.release(*site));
         if let Some(written) = written {
             inside.room.wrote(written.bytes, written.took, writing, written.full);
@@ -366,7 +370,7 @@ impl Inside {
 
     /// When the next batch is to be taken.
     fn due(&self) -> Due {
-        self.tempo.due(self.queue.ready(), self.closed)
+        self.tempo.due(Instant::now(), self.queue.ready(), self.closed)
     }
 
     fn leave(&mut self, place: Place) {
