@@ -1,7 +1,7 @@
 //! When the next batch is due, and how many events it may have.
 //!
 //! What waits while nothing is being written is written in a round: by two batches beside each other, each with its share of the sites, since one
-//! leaves a processor idle. The next round begins when as many events wait as were answered since, and no later than a moment after: who was
+//! leaves a processor idle. The next round begins when as many events wait as were answered meanwhile, and no later than a moment after: who was
 //! answered comes back at once, mostly, and a batch costs the database as much as a dozen events. Whoever comes while nothing was
 //! answered waits for nothing.
 //!
