@@ -42,7 +42,7 @@ const POLL: Duration = Duration::from_millis(25);
 const PORT_TRIES: usize = 5;
 
 /// Always given: they hold for every cluster of ours, whatever its configuration file says.
-const SETTINGS: [(&str, &str); 13] = [
+const SETTINGS: [(&str, &str); 11] = [
     ("listen_addresses", "127.0.0.1"),
     // Loopback is enough, and a folder's path may be longer than a socket's may be.
     ("unix_socket_directories", ""),
@@ -52,16 +52,24 @@ const SETTINGS: [(&str, &str); 13] = [
     ("max_connections", "100"),
     // A statement over years of partitions locks each of their tables and indexes.
     ("max_locks_per_transaction", "256"),
-    ("shared_buffers", "64MB"),
-    ("max_wal_size", "512MB"),
     ("jit", "off"),
     ("timezone", "UTC"),
     ("log_timezone", "UTC"),
     ("logging_collector", "off"),
 ];
 
-/// For data that may be lost with the machine, as a test's may.
-const NOT_DURABLE: [(&str, &str); 3] = [("fsync", "off"), ("synchronous_commit", "off"), ("full_page_writes", "off")];
+/// For data that is kept. PostgreSQL's own defaults (128MB and 1GB) are for the smallest machine it runs on: the pages of a month that is being written
+/// should stay in memory, and not be logged whole time and again because a checkpoint was forced. Memory is taken as it is needed.
+const DURABLE: [(&str, &str); 2] = [("shared_buffers", "512MB"), ("max_wal_size", "2GB")];
+
+/// For data that may be lost with the machine, as a test's may; there are many such clusters, and they are small.
+const NOT_DURABLE: [(&str, &str); 5] = [
+    ("fsync", "off"),
+    ("synchronous_commit", "off"),
+    ("full_page_writes", "off"),
+    ("shared_buffers", "64MB"),
+    ("max_wal_size", "512MB"),
+];
 
 /// What kind of cluster, and where.
 #[derive(Clone, Debug)]
@@ -291,8 +299,8 @@ fn launch(
     let mut command = account.command(&postgres.program("postgres"), folder);
     command.arg("-D").arg(folder.join("data"));
     command.args(["-c", &format!("port={port}")]);
-    let fast: &[(&str, &str)] = if options.durable { &[] } else { &NOT_DURABLE };
-    for (name, value) in SETTINGS.iter().chain(fast) {
+    let kind: &[(&str, &str)] = if options.durable { &DURABLE } else { &NOT_DURABLE };
+    for (name, value) in SETTINGS.iter().chain(kind) {
         command.args(["-c", &format!("{name}={value}")]);
     }
     for (name, value) in &options.settings {
