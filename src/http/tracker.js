@@ -27,8 +27,9 @@
   };
   const move = (k, to) => { put(to, k.slice(OUT.length), get(k)); del(k); };
 
-  // randomUUID is for https only; a blob's address ends in one, too.
-  const uuid = () => ask(() => crypto.randomUUID()) || URL.createObjectURL(new Blob()).slice(-36);
+  // UUIDv7. randomUUID is for https only; a blob's address ends in one, too.
+  const uuid = () => (now() + 2 ** 48).toString(16).slice(1).replace(/.{4}$/, '-$&-7') +
+    (ask(() => crypto.randomUUID()) || URL.createObjectURL(new Blob())).slice(-21);
 
   // one for all tabs, kept alive by the visitor
   const alive = (s) => Math.abs(now() - s.t) < 18e5;
@@ -96,7 +97,7 @@
           const verdict = ok && said[i];
           if (/stored|duplicate|queued/.test(verdict)) {
             del(k);
-            list(HELD).slice(-2).forEach((x) => move(x, OUT)); // each lets in more: all at once would take a second
+            list(HELD).slice(-2).forEach((x) => move(x, OUT)); // all at once are slow
           } else if (ok && verdict !== 'rejected') again = 1;
           else if (/40[134]/.test(status)) move(k, HELD);
           else if (ok || !keys[1]) move(k, BAD);
@@ -121,7 +122,7 @@
     post(keys).then(() => { busy = 0; });
   };
 
-  // no answer, so the events stay
+  // no answer: they stay
   const leave = () => {
     const keys = batch(beaconed);
     if (busy) del(TURN);
@@ -137,7 +138,7 @@
       meta: { ...meta, ...traits, ...ids, ...call && { intent_stamp: ts, intent_action: ea } },
     }));
     ended = 0;
-    // waits for no request: the page may be leaving
+    // waits for nothing: the page may leave
     if (call) post([OUT + key], true);
     else later(0);
   };
@@ -205,7 +206,7 @@
     });
     on('pagehide', () => {
       const s = session();
-      // not again, if the page comes back untouched
+      // once, if the page comes back untouched
       if (!ended) track('system', 'session_end', undefined, undefined, {
         duration_sec: Math.round(((alive(s) ? now() : s.t) - s.start) / 1e3), scroll_pct: depth,
         cta_hovers: hovers, focus_dur: focus, active_sec: active, exit_page: location.href,

@@ -87,7 +87,8 @@ async fn a_call_that_leaves_the_page_while_requests_are_in_flight_is_stored_with
 /// Each row of the visit, field by field.
 async fn check_events(stage: &Stage, entry: &str, told: &Value, traits: &Value) {
     let rows = stage.database.rows(
-        "SELECT *, id::text ~ '^[0-9a-f]{8}-[0-9a-f]{4}-4' AS random, created_at BETWEEN occurred_at AND now() AS timely, \
+        "SELECT *, id::text ~ '^[0-9a-f]{8}-[0-9a-f]{4}-7' AND session_id::text ~ '^[0-9a-f]{8}-[0-9a-f]{4}-7' AS version_7, \
+         abs(('x' || left(translate(id::text, '-', ''), 12))::bit(48)::int8 - extract(epoch FROM occurred_at) * 1000) < 1000 AS made_then, created_at BETWEEN occurred_at AND now() AS timely, \
          occurred_at > now() - interval '2 minutes' AS recent FROM events",
     );
     let label = "tel:+12025550123";
@@ -118,7 +119,8 @@ async fn check_events(stage: &Stage, entry: &str, told: &Value, traits: &Value) 
             ("event_label", label),
             ("signals", json!(signals)),
             ("lead_score", json!(score)),
-            ("random", json!(true)),
+            ("version_7", json!(true)),
+            ("made_then", json!(true)),
             ("timely", json!(true)),
             ("recent", json!(true)),
         ] {
