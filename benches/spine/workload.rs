@@ -1,6 +1,6 @@
 //! The traffic that is measured: visits as our tracker reports them, several sites at once, their events interleaved.
 //!
-//! Deterministic by its seed, and the same event can be had for every door: as JSON of `/api/sync`, and as a message of `IngestService`. A
+//! Deterministic by its seed but for the time, and the same event can be had for every door: as JSON of `/api/sync`, and as a message of `IngestService`. A
 //! visit is a view and what follows it, about five events; some come by an ad, some visitors come back. No visitor here is a real one.
 
 use std::sync::Arc;
@@ -102,6 +102,8 @@ pub struct Beat {
 /// A stream of events without end.
 pub struct Workload {
     rng: StdRng,
+    /// Milliseconds since 1970 when the next id is made.
+    clock: u64,
     sites: usize,
     active: Vec<Visit>,
     /// Site and fingerprint.
@@ -114,6 +116,7 @@ impl Workload {
     pub fn new(seed: u64, sites: usize) -> Self {
         Self {
             rng: StdRng::seed_from_u64(seed),
+            clock: Utc::now().timestamp_millis().unsigned_abs(),
             sites,
             active: Vec::with_capacity(ACTIVE),
             remembered: Vec::new(),
@@ -142,7 +145,7 @@ impl Workload {
         };
         let id = self.uuid();
         let visit = &mut self.active[at];
-        visit.seconds += 1 + u32::from(id.as_bytes()[0]) % 20;
+        visit.seconds += 1 + random_part(id) % 20;
         let beat = visit.beat(step, id);
         if visit.ahead.is_empty() {
             self.active.swap_remove(at);
@@ -150,8 +153,10 @@ impl Workload {
         beat
     }
 
+    /// As our tracker makes them: time first.
     fn uuid(&mut self) -> Uuid {
-        uuid::Builder::from_random_bytes(self.rng.random()).into_uuid()
+        self.clock += 1;
+        uuid::Builder::from_unix_timestamp_millis(self.clock, &self.rng.random()).into_uuid()
     }
 
     fn visit(&mut self) -> Visit {
@@ -219,6 +224,12 @@ pub fn one_of_each(seed: u64, sites: usize, events: usize) -> Vec<Beat> {
     beats
 }
 
+/// What of an id is drawn by lot, or some of it.
+fn random_part(id: Uuid) -> u32 {
+    let [.., a, b, c, d] = *id.as_bytes();
+    u32::from_be_bytes([a, b, c, d])
+}
+
 /// One of the numbers of every business.
 pub fn number(at: u32) -> String {
     format!("+1202555{:04}", 100 + at % NUMBERS)
@@ -230,7 +241,7 @@ impl Visit {
             Step::View => ("interaction", "view", None, None),
             Step::Scroll(depth) => ("interaction", "scroll_depth", None, Some(f64::from(depth))),
             Step::Hover => ("interaction", "hover_intent", Some("call-now".to_owned()), None),
-            Step::Call => ("conversion", "phone_call", Some(format!("tel:{}", number(id.as_fields().0))), None),
+            Step::Call => ("conversion", "phone_call", Some(format!("tel:{}", number(random_part(id)))), None),
             Step::Heartbeat => ("system", "heartbeat", None, None),
             Step::End => ("system", "session_end", None, None),
         };

@@ -15,13 +15,14 @@ pub async fn measure(bench: &mut Bench) -> anyhow::Result<Vec<Line>> {
     let server = bench.server(&database).await?;
     let reference = Server::start_answering(&bench.ground, &database).await?;
     bench.say(format!("servers {} (stores) and {} (answers)", server.pid, reference.pid));
+    // Once: one in each round would be one in ten seconds, and a page is logged whole when it is first written after one.
+    database.checkpoint().await?;
     let warm_up = sync_volley(&Workload::new(1000, SITES).take(1000));
     for server in [&server, &reference] {
         all_stored(server, &warm_up, 1000).await?;
     }
     for round in 1..=rounds {
         let volley = sync_volley(&Workload::new(round as u64, SITES).take(events));
-        database.checkpoint().await?;
         // The same requests, to the one and to the other.
         for (server, side) in [(&server, &mut ours), (&reference, &mut answering)] {
             super::measured(side, events, server, all_stored(server, &volley, events)).await?;
