@@ -117,16 +117,19 @@ async fn outcomes(
             attribution: session.map_or(Attribution::OrganicReferral, Session::attribution),
         }
     };
+    let lies = |key: &SessionKey, event: &Event| lie.get(&(key.site_id, event.id)).copied().unwrap_or(*key);
     let outcome = |(place, (key, event)): (usize, &(SessionKey, &Event))| {
         if new.contains(&place) {
             return Outcome::Stored(receipt(*key));
         }
-        let lies = lie.get(&(key.site_id, event.id)).copied().unwrap_or(*key);
-        if (lies.site_id, lies.id) != (event.site_id, event.session_id) {
-            tracing::warn!(event.id = %event.id, site.id = %event.site_id, "an event has the id of another session's event, and counts as its copy");
-        }
-        Outcome::Duplicate(receipt(lies))
+        Outcome::Duplicate(receipt(lies(key, event)))
     };
+    // Anybody can send any number of these: a line for all of a batch.
+    let strays = || placed.iter().filter(|(key, event)| lies(key, event).id != event.session_id);
+    if let Some((_, event)) = strays().next() {
+        let events = strays().count();
+        tracing::warn!(event.id = %event.id, site.id = %event.site_id, events, "an event has the id of another session's event, and counts as its copy");
+    }
     Ok(placed.iter().enumerate().map(outcome).collect())
 }
 
