@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use fantoccini::actions::{InputSource, MouseActions, PointerAction, WheelAction, WheelActions};
 use fantoccini::wd::{Capabilities, WebDriverCompatibleCommand};
 use fantoccini::{Client, ClientBuilder, Locator};
@@ -25,6 +26,12 @@ pub const AGENT: &str =
 pub const TIME_ZONE: &str = "Europe/Istanbul";
 /// Everything that the tests wait for happens within this.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A browser that hangs answers no command, and no limit of WebDriver's ends the wait for it. It is killed when it has lived for so many seconds, and
+/// whoever waits for it gets an error.
+const LIFE_SECONDS: u32 = 240;
+/// Chromium does not always come up on a busy machine; a healthy one does within this.
+const START: Duration = Duration::from_secs(60);
+const STARTS: u32 = 3;
 
 /// Waits until there is what is looked for.
 pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
@@ -60,12 +67,24 @@ impl Tools {
         }
     }
 
-    /// A browser on a profile, with preferences of its own.
+    /// A browser on a profile, with preferences of its own, that has shown a page.
     pub async fn open(&self, profile: &Profile, preferences: Value) -> Chromium {
+        for start in 1..=STARTS {
+            let started = tokio::time::timeout(START, self.start(profile, &preferences)).await;
+            match started {
+                Ok(Ok(browser)) => return browser,
+                Ok(Err(error)) => eprintln!("start {start} of the browser: {error}"),
+                Err(_) => eprintln!("start {start} of the browser: not within {START:?}"),
+            }
+        }
+        panic!("the browser does not start");
+    }
+
+    async fn start(&self, profile: &Profile, preferences: &Value) -> anyhow::Result<Chromium> {
         // $0 is the driver. The shell leads the group; `kill 0` is the group, and itself the last of it.
-        let script = r#""$0" --port=0 </dev/null & read -r _; kill -9 0"#;
+        let script = format!(r#""$0" --port=0 </dev/null & (sleep {LIFE_SECONDS}; kill -9 0) & read -r _; kill -9 0"#);
         let mut group = Command::new("sh")
-            .args(["-c", script])
+            .args(["-c", &script])
             .arg(&self.driver)
             .env("TZ", TIME_ZONE)
             .env("TMPDIR", profile.temporary())
@@ -75,10 +94,12 @@ impl Tools {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            .spawn()
-            .expect("a shell starts");
-        let output = BufReader::new(group.stdout.take().expect("the shell's output is a pipe"));
-        let port = tokio::task::spawn_blocking(move || driver_port(output)).await.expect("reading does not panic");
+            .spawn()?;
+        let output = group.stdout.take().context("the shell's output is a pipe")?;
+        // From here on the group ends with it.
+        let group = Group(group);
+        let port = tokio::task::spawn_blocking(move || driver_port(BufReader::new(output))).await?;
+        let port = port.context("the driver does not say its port")?;
         let argument = |name: &str, value: &dyn std::fmt::Display| format!("--{name}={value}");
         let mut arguments: Vec<String> = [
             "headless",
@@ -103,22 +124,19 @@ impl Tools {
             "goog:loggingPrefs": {"browser": "ALL"},
             "goog:chromeOptions": {"binary": self.chromium, "args": arguments, "prefs": preferences},
         });
-        let capabilities: Capabilities = serde_json::from_value(capabilities).expect("an object");
-        let client = ClientBuilder::new(HttpConnector::new())
-            .capabilities(capabilities)
-            .connect(&format!("http://127.0.0.1:{port}"))
-            .await
-            .expect("the driver starts the browser");
-        Chromium { client, group }
+        let capabilities: Capabilities = serde_json::from_value(capabilities)?;
+        let driver = format!("http://127.0.0.1:{port}");
+        let client = ClientBuilder::new(HttpConnector::new()).capabilities(capabilities).connect(&driver).await?;
+        client.goto("about:blank").await?;
+        Ok(Chromium { client, _group: group })
     }
 }
 
 /// The driver takes a free port and says which.
-fn driver_port(output: impl BufRead) -> u16 {
+fn driver_port(output: impl BufRead) -> Option<u16> {
     let mut lines = output.lines().map_while(Result::ok);
-    let line = lines.find(|line| line.contains("started successfully on port")).expect("the driver starts");
-    let port = line.trim_end_matches('.').rsplit(' ').next().and_then(|port| port.parse().ok());
-    port.expect("the driver says its port")
+    let line = lines.find(|line| line.contains("started successfully on port"))?;
+    line.trim_end_matches('.').rsplit(' ').next()?.parse().ok()
 }
 
 /// A user's folder of the browser, removed in the end.
@@ -164,7 +182,7 @@ impl Drop for Profile {
 /// A browser.
 pub struct Chromium {
     pub client: Client,
-    group: Child,
+    _group: Group,
 }
 
 impl Chromium {
@@ -239,11 +257,14 @@ impl Chromium {
     }
 }
 
-impl Drop for Chromium {
+/// The driver, the browser and all its processes, and the shell that leads them.
+struct Group(Child);
+
+impl Drop for Group {
     fn drop(&mut self) {
-        drop(self.group.stdin.take());
+        drop(self.0.stdin.take());
         // The shell is killed with its group; what is left to do is to reap it.
-        let _ = self.group.wait();
+        let _ = self.0.wait();
     }
 }
 
