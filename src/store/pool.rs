@@ -40,7 +40,7 @@ impl Connection {
         self.ready.as_ref()
     }
 
-    /// Prepares what is used often and not ready here. Between transactions only.
+    /// Has the session keep what serving takes, and prepares what is used often and not ready here. Between transactions only.
     pub(super) async fn make_ready(&self, opening: &str) -> Result<(), StoreError> {
         let Some(ready) = self.ready().filter(|ready| ready.lacks()) else { return Ok(()) };
         self.set_in_transaction(true);

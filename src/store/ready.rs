@@ -4,12 +4,14 @@
 //! nothing, or means somebody else's statement. There everything is said anew each time.
 //!
 //! A month is written into a statement that is kept, in the place of its parameter: planned without it, the statement would lock every
-//! leaf there is. All else stays a parameter, and is planned without its value ([`GENERIC`]): no statement here has another best plan for another
+//! leaf there is. All else stays a parameter, and is planned without its value: no statement here has another best plan for another
 //! value. What is used often enough on any connection is kept on each, and each prepares what it lacks before its next transaction, never within
 //! one: statements are sent along with each other there, and their order is what makes them right.
+//!
+//! Such a session also keeps what most transactions begin with, see [`super::transaction::serving`].
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,12 +20,10 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 use super::statement::Statement;
+use super::transaction::serving;
 
-/// What a transaction says whose statements are ready. Of a month that somebody counted while it was empty the planner believes that reading all
-/// of it costs nothing.
-const GENERIC: &str = "SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off";
 /// Has the server plan anew what it keeps.
-const PLAN_ANEW: &str = "DISCARD PLANS";
+pub(super) const PLAN_ANEW: &str = "DISCARD PLANS";
 /// A plan that was made while a month was empty would read all of it for ever: until somebody has counted its rows, an index on the site alone
 /// looks as good as one that finds a visit. So a connection plans anew after this, and then after twice as long each time, up to the last; and
 /// begins again with the first when something new is ready, such as the statements of a month that has just begun.
@@ -97,6 +97,8 @@ pub(super) enum Found {
 /// What is ready on one connection.
 pub(super) struct Ready {
     habits: Arc<Habits>,
+    /// Whether the session keeps what serving takes.
+    serving: AtomicBool,
     here: Mutex<Here>,
 }
 
@@ -127,17 +129,22 @@ impl Default for Plans {
 impl Ready {
     /// For a connection that was opened just now.
     pub fn new(habits: Arc<Habits>) -> Self {
-        Self { habits, here: Mutex::default() }
+        Self { habits, serving: AtomicBool::new(false), here: Mutex::default() }
     }
 
-    /// `opening` of a transaction as it is on this connection.
-    pub fn opening(&self, opening: &str) -> String {
+    /// Whether the session keeps what serving takes, from transaction to transaction.
+    pub fn is_serving(&self) -> bool {
+        self.serving.load(Ordering::Relaxed)
+    }
+
+    /// Whether the transaction that is about to begin is to have the plans made anew; the next ones are not.
+    pub fn is_to_plan_anew(&self) -> bool {
         let mut here = lock(&self.here);
-        if here.plans.at > Instant::now() {
-            return format!("{opening}; {GENERIC}");
+        let due = here.plans.at <= Instant::now();
+        if due {
+            here.plans = Plans { at: Instant::now() + here.plans.next, next: (here.plans.next * 2).min(PLAN_LAST) };
         }
-        here.plans = Plans { at: Instant::now() + here.plans.next, next: (here.plans.next * 2).min(PLAN_LAST) };
-        format!("{opening}; {PLAN_ANEW}; {GENERIC}")
+        due
     }
 
     /// A statement as it is ready here, or what it would be prepared from; that it was asked for is remembered.
@@ -156,6 +163,7 @@ impl Ready {
     pub fn lacks(&self) -> bool {
         let here = lock(&self.here);
         match here.held_up {
+            _ if !self.is_serving() => true,
             Some(at) => at.elapsed() > TRY_AGAIN,
             None => {
                 self.habits.version.load(Ordering::Relaxed) != here.seen
@@ -164,8 +172,14 @@ impl Ready {
         }
     }
 
-    /// Prepares what is wanted and not here, in transactions of its own that begin with `opening`. What cannot be prepared runs as before.
+    /// Has the session keep what serving takes, and prepares what is wanted and not here, in transactions of its own that begin with `opening`. What
+    /// cannot be prepared runs as before.
+    #[allow(clippy::disallowed_methods)] // beside every transaction
     pub async fn fill(&self, client: &Client, opening: &str) -> Result<(), tokio_postgres::Error> {
+        if !self.is_serving() {
+            client.batch_execute(&serving()).await?;
+            self.serving.store(true, Ordering::Relaxed);
+        }
         let version = self.habits.version.load(Ordering::Relaxed);
         let wanted = lock(&self.habits.uses).wanted.clone();
         let mut missing: Vec<Kept> = {

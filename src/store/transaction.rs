@@ -1,9 +1,9 @@
 //! The one way to the database: a short transaction under a role of our own.
 //!
-//! Whatever role logs in, a transaction first takes the role of its [`Purpose`], which owns nothing and bypasses nothing. Roles and bounds
-//! are set with `SET LOCAL`, and what is prepared on the server is only where no pooler stands between (`direct.rs`). A transaction that is
-//! dropped before its end takes its connection with it: nothing half done ever returns to the pool. If a statement of it still runs, because
-//! the caller's deadline passed or they hung up, the server is asked to stop it.
+//! Whatever role logs in, a transaction has the role of its [`Purpose`], which owns nothing and bypasses nothing. Roles and bounds are set with
+//! `SET LOCAL`. Only where no pooler stands between (`direct.rs`) does a session keep something from one transaction to the next: what is prepared on
+//! the server, and what a transaction that serves begins with. A transaction that is dropped before its end takes its connection with it: nothing half
+//! done ever returns to the pool. If a statement of it still runs, because the caller's deadline passed or they hung up, the server is asked to stop it.
 
 use std::borrow::Cow;
 use std::pin::pin;
@@ -16,7 +16,7 @@ use tokio_postgres::types::ToSql;
 
 use super::error::{BEGIN, StoreError};
 use super::pool::Connection;
-use super::ready::{Found, Ready};
+use super::ready::{Found, PLAN_ANEW, Ready};
 use super::statement::Statement;
 use crate::domain::id::{SiteId, UserId};
 use crate::telemetry;
@@ -48,37 +48,70 @@ pub enum Reader {
 }
 
 impl Purpose {
-    /// The text that opens a transaction for it: isolation, role, claims, bounds. Who writes sees what was committed before each statement,
-    /// whatever a database has for a default: what a lock was waited for has to be seen. Public so that a test can stand where a reader stands.
-    pub fn opening(self) -> Cow<'static, str> {
+    /// The text that opens a transaction for it: isolation, role, claims, bounds. Public so that a test can stand where a reader stands.
+    pub fn opening(self) -> String {
+        format!("{}; {}", self.begin(), self.settings())
+    }
+
+    /// The same where the session is [`serving`]: only what differs from that is said.
+    pub fn opening_where_serving(self) -> String {
+        match self {
+            Self::Serve => format!("{}; {DEFERRED}", self.begin()),
+            _ => format!("{}; {NOT_SERVING}; {}", self.begin(), self.settings()),
+        }
+    }
+
+    /// Who writes sees what was committed before each statement, whatever a database has for a default: what a lock was waited for has to be seen.
+    fn begin(self) -> &'static str {
+        match self {
+            Self::Read(_) => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+            Self::Serve | Self::Keep | Self::Operate | Self::Act(_) => "BEGIN ISOLATION LEVEL READ COMMITTED",
+        }
+    }
+
+    fn settings(self) -> Cow<'static, str> {
         match self {
             Self::Read(Reader::Site(site)) => {
-                return format!(
-                    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL ROLE opsmantik_tenant; SET LOCAL opsmantik.site_id = '{site}'; {TENANT_BOUNDS}"
-                )
-                .into();
+                let role = format!("SET LOCAL ROLE opsmantik_tenant; SET LOCAL opsmantik.site_id = '{site}'");
+                format!("{role}; {TENANT_BOUNDS}").into()
             }
-            Self::Read(Reader::User(user)) => {
-                return format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}; {TENANT_BOUNDS}", as_user(user)).into();
-            }
-            Self::Act(user) => {
-                return format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}; {TENANT_BOUNDS}", as_user(user)).into();
-            }
-            Self::Serve => {
-                "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'; \
-                 SET LOCAL lock_timeout = '1s'; SET LOCAL idle_in_transaction_session_timeout = '15s'; SET CONSTRAINTS ALL DEFERRED"
-            }
+            Self::Read(Reader::User(user)) | Self::Act(user) => format!("{}; {TENANT_BOUNDS}", as_user(user)).into(),
+            Self::Serve => format!("{}; {DEFERRED}", set("SET LOCAL", &SERVING)).into(),
             Self::Keep => {
-                "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '15s'; \
-                 SET LOCAL lock_timeout = '2s'"
+                "SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '15s'; SET LOCAL lock_timeout = '2s'"
+                    .into()
             }
-            Self::Operate => {
-                "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL ROLE opsmantik_operator; SET LOCAL statement_timeout = '60s'"
-            }
+            Self::Operate => "SET LOCAL ROLE opsmantik_operator; SET LOCAL statement_timeout = '60s'".into(),
         }
-        .into()
     }
 }
+
+/// The role and the bounds of [`Purpose::Serve`].
+const SERVING: [&str; 4] = [
+    "ROLE opsmantik_service",
+    "statement_timeout = '5s'",
+    "lock_timeout = '1s'",
+    "idle_in_transaction_session_timeout = '15s'",
+];
+/// How statements that are kept ready are planned. Of a month that somebody counted while it was empty the planner believes that reading all of it
+/// costs nothing.
+const GENERIC: [&str; 2] = ["plan_cache_mode = force_generic_plan", "enable_seqscan = off"];
+
+/// The text that has a session keep all of this from transaction to transaction: to say it anew each time costs the database as much as writing an event.
+/// Only for a connection that stays ours; behind a pooler the session is everybody's.
+pub fn serving() -> String {
+    format!("{}; {}", set("SET", &SERVING), set("SET", &GENERIC))
+}
+
+fn set(how: &str, settings: &[&str]) -> String {
+    settings.iter().map(|setting| format!("{how} {setting}")).collect::<Vec<_>>().join("; ")
+}
+
+/// Takes what a session keeps for serving out of one transaction, before that has settings of its own. Its role it has in any case.
+const NOT_SERVING: &str = "SET LOCAL statement_timeout TO DEFAULT; SET LOCAL lock_timeout TO DEFAULT; \
+     SET LOCAL idle_in_transaction_session_timeout TO DEFAULT; SET LOCAL plan_cache_mode TO DEFAULT; SET LOCAL enable_seqscan TO DEFAULT";
+/// Events may come before their session.
+const DEFERRED: &str = "SET CONSTRAINTS ALL DEFERRED";
 
 /// No reader waits or works longer.
 const TENANT_BOUNDS: &str = "SET LOCAL statement_timeout = '5s'; SET LOCAL lock_timeout = '4s'; \
@@ -110,10 +143,13 @@ impl<'a> Transaction<'a> {
     /// Opens it. Statements may be sent along with this, after it: if it fails, so does all that was said to happen in the transaction, and
     /// nothing of it may be used.
     pub(crate) async fn enter(&self) -> Result<(), StoreError> {
-        let opening = self.purpose.opening();
-        match self.ready() {
-            Some(ready) => self.simple(BEGIN, &ready.opening(&opening)).await,
-            None => self.simple(BEGIN, &opening).await,
+        let opening = match self.connection().ready().is_some_and(Ready::is_serving) {
+            true => self.purpose.opening_where_serving(),
+            false => self.purpose.opening(),
+        };
+        match self.ready().is_some_and(Ready::is_to_plan_anew) {
+            true => self.simple(BEGIN, &format!("{opening}; {PLAN_ANEW}")).await,
+            false => self.simple(BEGIN, &opening).await,
         }
     }
 
@@ -133,7 +169,7 @@ impl<'a> Transaction<'a> {
         }
         let transaction = Self::on(connection, Purpose::Serve);
         let opening = format!(
-            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '{snapshot}'; \
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '{snapshot}'; {NOT_SERVING}; \
              SET LOCAL ROLE opsmantik_service; SET LOCAL statement_timeout = '5s'"
         );
         transaction.simple(OPERATION, &opening).await?;

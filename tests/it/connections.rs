@@ -1,15 +1,21 @@
 //! What the server does with its connections to PostgreSQL, and what it takes for granted of them.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
+use opsmantik::domain::id::{SessionKey, SiteId, UserId};
 use opsmantik::domain::month::Month;
 use opsmantik::domain::outcome::Outcome;
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
 use opsmantik::store::Store;
+use opsmantik::store::transaction::{self, Purpose, Reader};
+use serde_json::json;
+use tokio_postgres::{Client, Row};
+use uuid::Uuid;
 
-use crate::support::database::{Database, database};
+use crate::support::database::{Database, connect, database};
 use crate::support::events::Spec;
 
 fn start(store: &Store) -> Pipeline {
@@ -44,6 +50,78 @@ async fn a_login_that_only_may_take_the_servers_role_stores_events() {
     stores(&database, &start(&store), 1..10).await;
     store.ping().await.expect("ready");
 }
+
+#[tokio::test]
+async fn where_the_session_serves_a_transaction_is_as_on_a_new_connection() {
+    let database = database().await;
+    // What somebody has chosen for the database is what a session goes back to.
+    let chosen = format!("ALTER DATABASE {} SET lock_timeout = '7s'", database.name);
+    database.admin.batch_execute(&chosen).await.expect("a default");
+    let serving = connect(&database.url).await;
+    serving.batch_execute(&transaction::serving()).await.expect("the login may take the role");
+    let (site, user) = (SiteId::from_uuid(Uuid::from_u128(1)), UserId::from_uuid(Uuid::from_u128(2)));
+    for purpose in [
+        Purpose::Serve,
+        Purpose::Keep,
+        Purpose::Operate,
+        Purpose::Read(Reader::Site(site)),
+        Purpose::Read(Reader::User(user)),
+        Purpose::Act(user),
+        Purpose::Serve,
+    ] {
+        let new = connect(&database.url).await;
+        let mut expected = settings(&new, &purpose.opening()).await;
+        if purpose == Purpose::Serve {
+            for (name, value) in [("plan_cache_mode", "force_generic_plan"), ("enable_seqscan", "off")] {
+                expected.insert(name.to_owned(), value.to_owned());
+            }
+        }
+        assert_eq!(settings(&serving, &purpose.opening_where_serving()).await, expected, "{purpose:?}");
+    }
+}
+
+/// Who somebody is in a transaction that was opened like this, and all of the server's settings and ours. Rolled back.
+async fn settings(client: &Client, opening: &str) -> BTreeMap<String, String> {
+    client.batch_execute(opening).await.expect("opened");
+    let ask = "SELECT name, setting FROM pg_settings \
+        UNION ALL SELECT 'current_user', current_user \
+        UNION ALL SELECT name, current_setting(name, true) FROM unnest('{opsmantik.site_id,request.jwt.claims}'::text[]) AS name";
+    let rows = client.query(ask, &[]).await.expect("anybody may ask");
+    client.batch_execute("ROLLBACK").await.expect("rolled back");
+    let text = |row: &Row, at: usize| row.get::<_, Option<String>>(at).unwrap_or_default();
+    rows.iter().map(|row| (text(row, 0), text(row, 1))).collect()
+}
+
+#[tokio::test]
+async fn the_server_says_once_a_connection_whom_it_serves_and_reads_as_the_reader_on_the_same_one() {
+    let database = database().await;
+    database.admin.batch_execute(NOTE).await.expect("a trigger that notes");
+    let store = Store::new(&database.url, 1).await.expect("a URL");
+    let pipeline = start(&store);
+    let site = database.site("shop").await.id;
+    for id in 1..4 {
+        let told = pipeline.submit(vec![Spec::new(id, "visit", Utc::now()).event(site)]).await;
+        assert!(matches!(told[0], Outcome::Stored(_)), "{told:?}");
+        // On the one connection that there is.
+        let tx = store.begin(Purpose::Read(Reader::Site(site))).await.expect("a reader");
+        let visit = database.rows("SELECT id FROM sessions").await[0]["id"].as_str().and_then(|id| id.parse().ok());
+        let month = Month::containing(Utc::now().date_naive());
+        let key = SessionKey { site_id: site, month, id: visit.expect("a visit") };
+        let seen = opsmantik::store::events::of_session(&tx, key, 10).await.expect("a tenant may read");
+        assert_eq!(seen.len(), id as usize);
+        tx.rollback().await.expect("rolled back");
+    }
+    let noted = database.rows("SELECT DISTINCT who, bound, waits FROM noted").await;
+    assert_eq!(noted, [json!({"who": "opsmantik_service", "bound": "5s", "waits": "1s"})]);
+    assert_eq!(database.count("SELECT count(DISTINCT pid) FROM noted").await, 1);
+}
+
+/// Notes, at each statement that stores events, as whom and within which bounds.
+const NOTE: &str = "CREATE TABLE public.noted (pid int, who text, bound text, waits text); GRANT INSERT ON public.noted TO PUBLIC; \
+    CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+      INSERT INTO public.noted VALUES (pg_backend_pid(), current_user, current_setting('statement_timeout'), current_setting('lock_timeout')); \
+      RETURN NULL; END $$; \
+    CREATE TRIGGER note AFTER INSERT ON public.events FOR EACH STATEMENT EXECUTE FUNCTION public.note()";
 
 /// Notes, at each statement that stores events, whether the server has it ready.
 const WATCH: &str = "CREATE TABLE public.seen (is_ready boolean); \

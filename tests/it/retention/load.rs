@@ -110,7 +110,7 @@ async fn months_are_dropped_under_load_and_nobody_notices() {
         let (over, longest, url) = (over.clone(), longest_read.clone(), database.url.clone());
         busy.spawn(async move {
             let reader = connect(&url).await;
-            let opening = Purpose::Read(Reader::User(OWNER)).opening().into_owned();
+            let opening = Purpose::Read(Reader::User(OWNER)).opening();
             let month =
                 format!("SELECT count(*) FROM events WHERE site_id = '{site}' AND session_month = '{}'", old(1));
             let everything = "SELECT count(*) FROM events JOIN sessions s ON s.site_id = events.site_id \
