@@ -159,11 +159,13 @@ impl Ready {
         Found::Text(sql)
     }
 
-    /// Whether something is wanted that is not here yet.
+    /// Whether the session is to be told what it keeps, or something is wanted that is not here yet.
     pub fn lacks(&self) -> bool {
+        if !self.is_serving() {
+            return true;
+        }
         let here = lock(&self.here);
         match here.held_up {
-            _ if !self.is_serving() => true,
             Some(at) => at.elapsed() > TRY_AGAIN,
             None => {
                 self.habits.version.load(Ordering::Relaxed) != here.seen
