@@ -42,6 +42,12 @@ pub trait Transport: Send + Sync {
     }
 }
 
+/// By what a queue may tell that two messages are the same event: a retry has the same. The site is in it, and the session, since an id counts once
+/// for a site and the month of its session. Copies that differ in it are one event all the same once they are stored.
+fn identity(event: &Event) -> String {
+    format!("{}/{}/{}", event.site_id, event.session_id, event.id)
+}
+
 /// Hands to `fallback` what the queue did not take, and says of each event who has it.
 async fn fall_back(events: Vec<Event>, queued: &[bool], fallback: &dyn Transport) -> Vec<Verdict> {
     let left: Vec<Event> =

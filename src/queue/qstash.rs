@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use super::breaker::Breaker;
-use super::{Transport, Verdict, fall_back};
+use super::{Transport, Verdict, fall_back, identity};
 use crate::domain::event::Event;
 use crate::domain::job::Job;
 use crate::secret::Secret;
@@ -30,6 +30,8 @@ const WHOLE: Duration = Duration::from_secs(3);
 const CONCURRENCY: usize = 64;
 /// Longest wait for one of them to end.
 const WAIT: Duration = Duration::from_millis(100);
+/// Most bytes of an answer: a message takes some hundred.
+const ANSWER_BYTES: usize = 256 << 10;
 /// Most messages of one request ...
 const BATCH: usize = 100;
 /// ... and most bytes of them: QStash takes a MiB.
@@ -180,12 +182,19 @@ impl QstashTransport {
             }
         };
         let unreachable = |error: reqwest::Error| PublishError::Unreachable(error.without_url());
-        let response = request.header(AUTHORIZATION, self.authorization.clone()).send().await.map_err(unreachable)?;
+        let mut response =
+            request.header(AUTHORIZATION, self.authorization.clone()).send().await.map_err(unreachable)?;
         if !response.status().is_success() {
             return Err(PublishError::Refused(response.status()));
         }
-        let text = response.text().await.map_err(unreachable)?;
-        let answer: Value = serde_json::from_str(&text).map_err(|_| PublishError::Unreadable)?;
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
+            if body.len() + chunk.len() > ANSWER_BYTES {
+                return Err(PublishError::Unreadable);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        let answer: Value = serde_json::from_slice(&body).map_err(|_| PublishError::Unreadable)?;
         let accepted: Vec<bool> = match &answer {
             Value::Array(answers) if group.len() > 1 => {
                 (0..group.len()).map(|at| answers.get(at).is_some_and(Published::is_accepted)).collect()
@@ -209,7 +218,7 @@ struct Prepared {
 impl Prepared {
     fn of(at: usize, event: &Event) -> Result<Self, PublishError> {
         // One event is one message for QStash too, however often a browser repeats it. No colon may be in it.
-        let name = Uuid::new_v5(&event.site_id.as_uuid(), event.id.as_uuid().as_bytes());
+        let name = Uuid::new_v5(&event.site_id.as_uuid(), identity(event).as_bytes());
         let body = Job::of(event).to_json().map_err(PublishError::Unwritable)?;
         Ok(Self { at, deduplication_id: name.simple().to_string(), body })
     }

@@ -8,6 +8,7 @@ use async_nats::jetstream::stream;
 use chrono::Utc;
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::job::Job;
+use opsmantik::domain::month::Month;
 use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -62,23 +63,26 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     (foreign["s"], foreign["u"]) = ("other".into(), "https://other.example/".into());
     let request = client().post(one.sync_url()).header("Origin", "https://other.example").body(foreign.to_string());
     assert_eq!(said(&Answer::of(request).await), QUEUED);
+    // And within the month of its session: so is this one.
+    let mut earlier = event(1);
+    let last_month = Month::containing(Utc::now().date_naive()).previous();
+    (earlier["sid"], earlier["sm"]) = ("earlier".into(), last_month.first_day().to_string().into());
+    assert_eq!(said(&post(&one, &earlier).await), QUEUED);
     let batch = post(&other, &json!({"events": (2..=101).map(event).collect::<Vec<_>>()})).await;
     assert_eq!(batch.status, 202);
     let results = batch.body["results"].as_array().cloned().unwrap_or_default();
     assert!(results.len() == 100 && results.iter().all(|result| result["status"] == "queued"), "{results:?}");
     let after = Utc::now();
     assert_eq!(database.count("SELECT count(*) FROM events").await, 0, "an edge stores nothing that is queued");
-    assert_eq!(nats.messages().await, 102, "one message an event");
-    assert_eq!(Metrics::of(&one).await.value("opsmantik_nats_published_total", &[]), Some(3.0));
+    assert_eq!(nats.messages().await, 103, "one message an event");
+    assert_eq!(Metrics::of(&one).await.value("opsmantik_nats_published_total", &[]), Some(4.0));
 
     let mut worker = nats.worker(&database.url).await;
-    nats.stored(&database, 102).await;
+    nats.stored(&database, 103).await;
     nats.empty().await;
     assert_eq!(
-        database
-            .count("SELECT count(DISTINCT site_id) FROM events WHERE id = '00000000-0000-0000-0000-000000000001'")
-            .await,
-        2
+        database.count("SELECT count(*) FROM events WHERE id = '00000000-0000-0000-0000-000000000001'").await,
+        3
     );
     for row in database.rows("SELECT created_at FROM events").await {
         let arrived: chrono::DateTime<Utc> = row["created_at"].as_str().and_then(|at| at.parse().ok()).expect("a time");
@@ -91,7 +95,7 @@ async fn edges_queue_and_a_worker_stores_each_event_once_as_it_arrived() {
     worker.program.stop(STOP_LIMIT).await;
     assert_eq!(said(&post(&one, &event(200)).await), QUEUED, "it waits for the next worker");
     let mut all = nats.serve("all", &database.url, &[]).await;
-    nats.stored(&database, 103).await;
+    nats.stored(&database, 104).await;
     for server in [&mut one, &mut other, &mut all] {
         server.program.stop(STOP_LIMIT).await;
         assert!(!server.program.said().contains(PASSWORD), "a password was logged");

@@ -19,7 +19,7 @@ use super::{ANSWER, Nats, Status};
 use crate::domain::event::Event;
 use crate::domain::job::Job;
 use crate::queue::breaker::Breaker;
-use crate::queue::{Transport, Verdict, fall_back};
+use crate::queue::{Transport, Verdict, fall_back, identity};
 use crate::telemetry;
 
 /// Bytes that go with a message beside its payload: two headers and what frames them.
@@ -129,12 +129,10 @@ impl NatsTransport {
         if payload.len() + HEADERS > connection.client.max_payload() {
             return Err(Unpublished::TooLarge);
         }
-        // An event's id is unique within its site, and NATS compares these within the whole stream: without the site, one of two
-        // sites' events would be taken for a copy of the other's and dropped.
-        let message_id = format!("{}/{}", event.site_id, event.id);
+        // NATS compares these within the whole stream: by the event's id alone, one of two sites' events would be taken for a copy and dropped.
         let message = PublishMessage::build()
             .payload(payload.into())
-            .message_id(message_id)
+            .message_id(identity(event))
             .expected_stream(&self.nats.config.stream);
         let acknowledged = async {
             let sent = connection.jetstream.send_publish(self.nats.subject(event.site_id), message).await?;

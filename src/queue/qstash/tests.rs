@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::domain::event::{Arrival, Draft, FieldNames};
-use crate::domain::id::SiteId;
+use crate::domain::id::{SessionId, SiteId};
 use crate::domain::outcome::{DeathReason, Outcome};
 
 /// What the stand-in for QStash answers.
@@ -19,6 +19,8 @@ enum Mood {
     Accept,
     Answer(StatusCode, &'static str),
     Hang,
+    /// An answer without an end.
+    Endless,
     /// A batch in which every second message is refused.
     EverySecond,
 }
@@ -82,6 +84,11 @@ async fn answer(State((mood, seen)): State<Desk>, request: Request) -> Response 
         }
         (Mood::Answer(status, body), _) => (status, body).into_response(),
         (Mood::Hang, _) => std::future::pending().await,
+        (Mood::Endless, _) => {
+            let spaces = bytes::Bytes::from_static(&[b' '; 1 << 16]);
+            axum::body::Body::from_stream(futures::stream::repeat(Ok::<_, std::convert::Infallible>(spaces)))
+                .into_response()
+        }
     }
 }
 
@@ -149,7 +156,12 @@ async fn one_event_is_published_as_a_job_that_can_be_told_from_every_other() {
     let delivered = Job::event_from_json(&seen.body, Utc::now()).expect("our own job");
     assert_eq!(delivered.label.as_deref(), Some("0"));
     transport.hand_over(events(1)).await;
-    assert_eq!(qstash.seen()[1].headers["upstash-deduplication-id"], name, "the same event, the same message");
+    let mut elsewhere = event(0);
+    elsewhere.session_id = SessionId::from_uuid(Uuid::from_u128(7));
+    transport.hand_over(vec![elsewhere]).await;
+    let seen = qstash.seen();
+    assert_eq!(seen[1].headers["upstash-deduplication-id"], name, "the same event, the same message");
+    assert_ne!(seen[2].headers["upstash-deduplication-id"], name, "with another month's session it is another event");
 }
 
 #[tokio::test]
@@ -222,6 +234,16 @@ async fn a_qstash_that_hangs_costs_a_bounded_time() {
     assert_eq!(transport.hand_over(events(1)).await, [KEPT]);
     assert!(began.elapsed() < Duration::from_millis(500), "nobody is sent into the next time-out");
     assert_eq!(qstash.seen().len(), CONCURRENCY);
+}
+
+#[tokio::test]
+async fn an_answer_without_an_end_is_not_read_to_its_end() {
+    let qstash = Qstash::start(Mood::Endless).await;
+    let (transport, kept) = transport(&qstash.url);
+    let began = Instant::now();
+    assert_eq!(transport.hand_over(events(1)).await, [KEPT]);
+    assert!(began.elapsed() < WHOLE / 2, "{:?}", began.elapsed());
+    assert_eq!(kept.labels(), ["0"]);
 }
 
 #[tokio::test]
