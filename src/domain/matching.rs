@@ -106,11 +106,16 @@ impl Click {
         (action, label): (&str, Option<&str>),
         region: Option<&str>,
     ) -> Self {
-        let label = label.unwrap_or_default();
-        let number = telephone::clicked(label, region);
-        let whatsapp = action.to_ascii_lowercase().starts_with("whatsapp") || telephone::is_whatsapp_link(label);
+        let (number, whatsapp) = clicked((action, label), region);
         Self { session, event, at, number, whatsapp }
     }
+}
+
+/// What an event with a call's action was a click on: the number, and whether it was WhatsApp's.
+pub fn clicked((action, label): (&str, Option<&str>), region: Option<&str>) -> (Option<E164>, bool) {
+    let label = label.unwrap_or_default();
+    let whatsapp = action.to_ascii_lowercase().starts_with("whatsapp") || telephone::is_whatsapp_link(label);
+    (telephone::clicked(label, region), whatsapp)
 }
 
 /// A session that a call may have come from, with the event that speaks for it.

@@ -1,27 +1,56 @@
 //! Which calls have to be looked at again because of what just came in: the other side of [`super::matching`].
 //!
-//! A match is a function of the events in the call's window and of the sessions that they belong to. So a call is touched by a click in
-//! its window, by an event of a session with its fingerprint, by a session that gains or loses that fingerprint, and by whatever changes
-//! what was frozen of the session that it is credited to. Naming too many calls is harmless: matching again changes nothing then.
+//! A match is a function of the events in the call's window and of the sessions that they belong to. So a call is touched by a click on
+//! its number in its window, by an event of a session with its fingerprint, by a session that gains or loses that fingerprint, and by whatever changes
+//! what was frozen of the session that it is credited to. Naming too many calls changes nothing, but each is looked for in all the clicks of its window,
+//! while the events of its site wait.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use chrono::{DateTime, Utc};
 
+use super::call::Channel;
 use super::event::{Event, is_call_action};
 use super::id::{SessionKey, SiteId};
-use super::matching::{LONGEST_DELAY, calls_touched_by};
+use super::matching::{LONGEST_DELAY, calls_touched_by, clicked};
 use super::session::Session;
 use super::signal::Signal;
+use super::telephone::E164;
 
 /// From one time to another, both included.
 pub type Span = (DateTime<Utc>, DateTime<Utc>);
+
+/// Sites, with the regions in which their national numbers are read.
+pub type Regions = HashMap<SiteId, Option<String>>;
+
+/// Which of a site's calls a click speaks for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Dialled {
+    /// Those to the number that was clicked.
+    Number(E164),
+    /// Those by this channel, whatever their number: the click does not tell it.
+    Any(Channel),
+    /// That depends on the site's region: the action and the label of the click.
+    Unread(String, Option<String>),
+}
+
+impl Dialled {
+    /// None: those of nobody.
+    fn read(self, region: Option<&str>) -> Option<Self> {
+        let Self::Unread(action, label) = self else { return Some(self) };
+        match clicked((&action, label.as_deref()), region) {
+            (Some(number), _) => Some(Self::Number(number)),
+            (None, true) => Some(Self::Any(Channel::Whatsapp)),
+            (None, false) => None,
+        }
+    }
+}
 
 /// What came in, as far as calls may care.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Touched {
     /// Calls of the site that began in this time: a click came in.
-    pub clicks: Vec<(SiteId, Span)>,
+    pub clicks: Vec<(SiteId, Dialled, Span)>,
     /// Calls of the site with this fingerprint that began in this time.
     pub fingerprints: Vec<(SiteId, String, Span)>,
     /// Calls that are credited to this session and began at this time or later.
@@ -35,7 +64,7 @@ impl Touched {
 
     /// For each site the earliest start of a call that may be touched.
     pub fn since(&self) -> BTreeMap<SiteId, DateTime<Utc>> {
-        let clicks = self.clicks.iter().map(|(site, span)| (*site, span.0));
+        let clicks = self.clicks.iter().map(|(site, _, span)| (*site, span.0));
         let told = self.fingerprints.iter().map(|(site, _, span)| (*site, span.0));
         let credited = self.credited.iter().map(|(key, since)| (key.site_id, *since));
         let mut earliest: BTreeMap<SiteId, DateTime<Utc>> = BTreeMap::new();
@@ -45,11 +74,14 @@ impl Touched {
         earliest
     }
 
-    /// What of it belongs to these sites.
-    pub fn of_sites(mut self, sites: &HashSet<SiteId>) -> Self {
-        self.clicks.retain(|(site, _)| sites.contains(site));
-        self.fingerprints.retain(|(site, ..)| sites.contains(site));
-        self.credited.retain(|(key, _)| sites.contains(&key.site_id));
+    /// What of it belongs to these sites, with the clicks read.
+    pub fn of_sites(mut self, sites: &Regions) -> Self {
+        let read = |(site, dialled, span): (SiteId, Dialled, Span)| {
+            Some((site, dialled.read(sites.get(&site)?.as_deref())?, span))
+        };
+        self.clicks = self.clicks.into_iter().filter_map(read).collect::<BTreeSet<_>>().into_iter().collect();
+        self.fingerprints.retain(|(site, ..)| sites.contains_key(site));
+        self.credited.retain(|(key, _)| sites.contains_key(&key.site_id));
         self
     }
 
@@ -58,7 +90,8 @@ impl Touched {
         let site = after.key.site_id;
         for event in new {
             if event.signals.contains(Signal::PrimaryConversion) && is_call_action(&event.action) {
-                self.clicks.push((site, calls_touched_by(event.occurred_at)));
+                let click = Dialled::Unread(event.action.clone(), event.label.clone());
+                self.clicks.push((site, click, calls_touched_by(event.occurred_at)));
             }
         }
         let old = before.and_then(Session::fingerprint);
@@ -150,9 +183,28 @@ mod tests {
     fn a_click_touches_the_calls_whose_window_it_lies_in() {
         let click = event(1, 0, "phone_call", None);
         let told = touched(&[], &[&click]);
-        assert_eq!(told.clicks, [(key().site_id, (at(-120), at(1800)))]);
+        let unread = Dialled::Unread("phone_call".into(), None);
+        assert_eq!(told.clicks, [(key().site_id, unread, (at(-120), at(1800)))]);
         assert!(told.fingerprints.is_empty() && told.credited.is_empty());
         assert!(touched(&[], &[&event(1, 0, "view", None)]).is_empty(), "a view without fingerprint touches nothing");
+    }
+
+    #[test]
+    fn a_click_touches_the_calls_to_its_number_and_no_others() {
+        let click = |action: &str, label: &str| {
+            let mut event = event(1, 0, action, None);
+            event.label = Some(label.to_owned());
+            let sites = Regions::from([(key().site_id, Some("US".to_owned()))]);
+            let told = touched(&[], &[&event, &event]).of_sites(&sites);
+            told.clicks.into_iter().map(|(_, dialled, _)| dialled).collect::<Vec<_>>()
+        };
+        let number = || vec![Dialled::Number("+13035550100".parse().expect("a number"))];
+        assert_eq!(click("phone_call", "tel:303-555-0100"), number(), "once, and as its region reads it");
+        assert_eq!(click("whatsapp", "https://wa.me/13035550100"), number());
+        assert_eq!(click("whatsapp", "chat with us"), [Dialled::Any(Channel::Whatsapp)]);
+        assert_eq!(click("phone_call", "call us"), []);
+        let elsewhere = touched(&[], &[&event(1, 0, "phone_call", None)]).of_sites(&Regions::new());
+        assert!(elsewhere.is_empty(), "the site has no calls");
     }
 
     #[test]

@@ -1,8 +1,6 @@
 //! `opsmantik.call_rematches`: calls that have to be matched again. Noted in the transaction that touched their window, so that nothing
 //! that happens to a server in between is able to forget them.
 
-use std::collections::HashSet;
-
 use chrono::{DateTime, NaiveDate, Utc};
 use uuid::Uuid;
 
@@ -11,37 +9,39 @@ use super::error::StoreError;
 use super::statement::Months;
 use super::transaction::{Purpose, Transaction};
 use crate::domain::id::{CallId, SiteId};
-use crate::domain::rematch::Touched;
+use crate::domain::rematch::{Dialled, Regions, Touched};
 
 crate::statement!(
-    /// Of these sites, those with a call that began at their time or later. Far cheaper to plan than to look for the calls themselves, and most
-    /// sites have none in most batches.
+    /// Of these sites, those with a call that began at their time or later, and their regions. Far cheaper to plan than to look for the calls
+    /// themselves, and most sites have none in most batches.
     SITES_WITH_CALLS_SINCE,
     Months::None,
     [UUID_ARRAY, TIMESTAMPTZ_ARRAY],
-    "SELECT asked.site_id FROM unnest($1, $2) AS asked (site_id, since) \
+    "SELECT asked.site_id, (SELECT region FROM public.sites WHERE id = asked.site_id) FROM unnest($1, $2) AS asked (site_id, since) \
      WHERE EXISTS (SELECT FROM public.calls c WHERE c.site_id = asked.site_id AND c.started_at >= asked.since)"
 );
 
 crate::statement!(
-    /// By a click in the window; by the fingerprint; by the session that is credited. Judged calls keep their match.
+    /// By a click in the window, of calls that a click can find (`domain::matching::needs_clicks`); by the fingerprint; by the session that is credited.
+    /// Judged calls keep their match.
     NOTE_REMATCHES,
     Months::None,
     [
-        UUID_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY,
-        UUID_ARRAY, DATE_ARRAY, UUID_ARRAY, TIMESTAMPTZ_ARRAY,
+        UUID_ARRAY, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY, TEXT_ARRAY, UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY,
+        TIMESTAMPTZ_ARRAY, UUID_ARRAY, DATE_ARRAY, UUID_ARRAY, TIMESTAMPTZ_ARRAY,
     ],
     "WITH touched AS ( \
-         SELECT c.site_id, c.id FROM unnest($1, $2, $3) AS click (site_id, since, until) \
+         SELECT c.site_id, c.id FROM unnest($1, $2, $3, $4, $5) AS click (site_id, since, until, number, channel) \
          JOIN public.calls c ON c.site_id = click.site_id AND c.started_at BETWEEN click.since AND click.until \
-         WHERE c.review = 'OPEN' \
+           AND c.dialled_number = coalesce(click.number, c.dialled_number) AND c.channel = coalesce(click.channel, c.channel) \
+         WHERE c.review = 'OPEN' AND c.direction = 'INBOUND' AND c.caller_hmac IS NOT NULL AND c.match_method <> 'FINGERPRINT' \
          UNION \
-         SELECT c.site_id, c.id FROM unnest($4, $5, $6, $7) AS told (site_id, fingerprint, since, until) \
+         SELECT c.site_id, c.id FROM unnest($6, $7, $8, $9) AS told (site_id, fingerprint, since, until) \
          JOIN public.calls c ON c.site_id = told.site_id AND c.fingerprint = told.fingerprint \
            AND c.started_at BETWEEN told.since AND told.until \
          WHERE c.review = 'OPEN' \
          UNION \
-         SELECT c.site_id, c.id FROM unnest($8, $9, $10, $11) AS credited (site_id, month, id, since) \
+         SELECT c.site_id, c.id FROM unnest($10, $11, $12, $13) AS credited (site_id, month, id, since) \
          JOIN public.calls c ON c.site_id = credited.site_id AND c.matched_session_month = credited.month \
            AND c.matched_session_id = credited.id AND c.started_at >= credited.since \
          WHERE c.review = 'OPEN' \
@@ -79,15 +79,34 @@ fn ids(rows: &[tokio_postgres::Row], operation: &'static str) -> Result<Vec<Uuid
 }
 
 /// The sites of which calls may be touched.
-pub async fn sites_with_calls(tx: &Transaction<'_>, touched: &Touched) -> Result<HashSet<SiteId>, StoreError> {
+pub async fn sites_with_calls(tx: &Transaction<'_>, touched: &Touched) -> Result<Regions, StoreError> {
     let since = touched.since();
     if since.is_empty() {
-        return Ok(HashSet::new());
+        return Ok(Regions::new());
     }
     let (sites, since): (Vec<Uuid>, Vec<DateTime<Utc>>) =
         since.iter().map(|(site, since)| (site.as_uuid(), *since)).unzip();
     let rows = tx.query(&SITES_WITH_CALLS_SINCE, &[&sites, &since]).await?;
-    Ok(ids(&rows, SITES_WITH_CALLS_SINCE.name)?.into_iter().map(SiteId::from_uuid).collect())
+    rows.iter()
+        .map(|row| Ok((SiteId::from_uuid(row.try_get(0)?), row.try_get(1)?)))
+        .collect::<Result<_, tokio_postgres::Error>>()
+        .map_err(|error| StoreError::unreadable(SITES_WITH_CALLS_SINCE.name, error))
+}
+
+/// Of calls to which number; none: to any.
+fn number(dialled: &Dialled) -> Option<&str> {
+    match dialled {
+        Dialled::Number(number) => Some(number.as_str()),
+        Dialled::Any(_) | Dialled::Unread(..) => None,
+    }
+}
+
+/// Of calls by which channel; none: by any.
+fn channel(dialled: &Dialled) -> Option<&'static str> {
+    match dialled {
+        Dialled::Any(channel) => Some(channel.name()),
+        Dialled::Number(_) | Dialled::Unread(..) => None,
+    }
 }
 
 /// Notes the calls that were touched, of [`sites_with_calls`]; their sites. The caller has passed the gates of these.
@@ -105,9 +124,11 @@ pub async fn note(tx: &Transaction<'_>, touched: Touched) -> Result<Vec<SiteId>,
         .query(
             &NOTE_REMATCHES,
             &[
-                &column(clicks, |(site, _)| site.as_uuid()),
-                &column(clicks, |(_, span)| span.0),
-                &column(clicks, |(_, span)| span.1),
+                &column(clicks, |(site, ..)| site.as_uuid()),
+                &column(clicks, |(.., span)| span.0),
+                &column(clicks, |(.., span)| span.1),
+                &column(clicks, |(_, dialled, _)| number(dialled)),
+                &column(clicks, |(_, dialled, _)| channel(dialled)),
                 &column(told, |(site, ..)| site.as_uuid()),
                 &column(told, |(_, fingerprint, _)| fingerprint.as_str()),
                 &column(told, |(.., span)| span.0),

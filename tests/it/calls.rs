@@ -363,6 +363,28 @@ async fn what_a_server_noted_and_died_before_it_was_matched_is_matched_by_anothe
     assert_eq!(stage.database.count("SELECT count(*) FROM opsmantik.call_rematches").await, 0);
 }
 
+/// Each of them would be looked for in all the clicks of its window, while the events of its site wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_click_has_only_calls_matched_again_that_it_can_speak_for() {
+    let stage = Stage::set().await;
+    stage.events(stage.site, &[Spec::new(1, "A", after(-600)).fingerprint("F")]).await;
+    stage.push(call("its", noon())).await;
+    stage.push(outbound(call("ours", noon()))).await;
+    assert_eq!(
+        stage.push(with_fingerprint(call("known", noon()), "F")).await.call.found.decision.method,
+        MatchMethod::Fingerprint
+    );
+    stage.push(Draft { caller_number: None, ..call("hidden", noon()) }).await;
+    // What is noted stays noted while they are locked.
+    let holder = connect(&stage.database.url).await;
+    holder.batch_execute("BEGIN; SELECT FROM calls FOR NO KEY UPDATE").await.expect("nobody else has them");
+    let noted = "SELECT c.provider_call_id FROM opsmantik.call_rematches r JOIN calls c ON c.id = r.call_id";
+    stage.events(stage.site, &[Spec::new(2, "B", after(-60)).clicks("+13035550177")]).await;
+    assert!(stage.database.rows(noted).await.is_empty(), "another number's click");
+    stage.events(stage.site, &[Spec::new(3, "C", after(-30)).clicks(BUSINESS)]).await;
+    assert_eq!(stage.database.rows(noted).await, [json!({"provider_call_id": "its"})]);
+}
+
 /// A person may lock their own calls, as whoever judges one does for a moment. No other site waits for them, and no event of theirs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_call_that_somebody_has_locked_holds_up_no_event() {
