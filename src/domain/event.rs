@@ -182,7 +182,10 @@ impl Event {
         let (received_at, imported_at) = match draft.occurred_at.map(|told| told.trunc_subsecs(6)) {
             Some(told) if importable(told, arrived_at) => (told, Some(arrived_at)),
             Some(_) => {
-                return Err(Refusal::out_of_range("occurred_at", "history of at most 24 months can be imported"));
+                return Err(Refusal::out_of_range(
+                    "occurred_at",
+                    "it has to lie between 24 months before receipt and two minutes after",
+                ));
             }
             None => (arrived_at, None),
         };
