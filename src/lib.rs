@@ -17,9 +17,11 @@
 //! | [`keeper`] | makes monthly partitions ahead of time |
 //! | [`server`] | wires it all together; [`cli`] and [`config`] are its front, [`telemetry`] its voice, [`secret`] what it never says |
 //! | `fair_queue` | a queue with a lane for everybody, served in turn: where more wait than can be served |
+//! | `bounded` | no more of another server's answer than it may have: keys of JWTs, QStash |
 //! | [`dev`] | what makes two commands enough on a bare machine |
 
 pub mod access;
+mod bounded;
 pub mod calls;
 pub mod cli;
 pub mod config;

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use url::Url;
 
 use super::Denied;
+use crate::bounded;
 use crate::telemetry;
 
 /// Largest answer that is read, bytes.
@@ -162,16 +163,11 @@ async fn keep_fresh(client: reqwest::Client, config: JwksConfig, state: watch::S
 }
 
 async fn fetch(client: &reqwest::Client, url: &Url) -> anyhow::Result<Keys> {
-    let plain = |error: reqwest::Error| error.without_url();
     let request = client.get(url.clone()).header("accept", "application/json");
-    let mut response = request.send().await.map_err(plain)?;
+    let response = request.send().await.map_err(reqwest::Error::without_url)?;
     ensure!(response.status() == 200, "the answer is {}", response.status());
-    let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(plain)? {
-        ensure!(body.len() + chunk.len() <= MAX_BODY, "the answer is larger than {MAX_BODY} bytes");
-        body.extend_from_slice(&chunk);
-    }
-    read(&body)
+    let body = bounded::body(response, MAX_BODY).await?;
+    read(&body.with_context(|| format!("the answer is larger than {MAX_BODY} bytes"))?)
 }
 
 #[derive(Deserialize)]

@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use super::breaker::Breaker;
 use super::{Transport, Verdict, fall_back, identity};
+use crate::bounded;
 use crate::domain::event::Event;
 use crate::domain::job::Job;
 use crate::secret::Secret;
@@ -182,18 +183,11 @@ impl QstashTransport {
             }
         };
         let unreachable = |error: reqwest::Error| PublishError::Unreachable(error.without_url());
-        let mut response =
-            request.header(AUTHORIZATION, self.authorization.clone()).send().await.map_err(unreachable)?;
+        let response = request.header(AUTHORIZATION, self.authorization.clone()).send().await.map_err(unreachable)?;
         if !response.status().is_success() {
             return Err(PublishError::Refused(response.status()));
         }
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
-            if body.len() + chunk.len() > ANSWER_BYTES {
-                return Err(PublishError::Unreadable);
-            }
-            body.extend_from_slice(&chunk);
-        }
+        let body = bounded::body(response, ANSWER_BYTES).await.map_err(unreachable)?.ok_or(PublishError::Unreadable)?;
         let answer: Value = serde_json::from_slice(&body).map_err(|_| PublishError::Unreadable)?;
         let accepted: Vec<bool> = match &answer {
             Value::Array(answers) if group.len() > 1 => {
