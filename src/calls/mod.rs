@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
-use crate::domain::call::ReviewStatus;
+use crate::domain::call::{ReviewStatus, Told};
 use crate::domain::id::{CallId, SiteId, UserId};
 use crate::domain::outcome::Unavailable;
 use crate::domain::push::Push;
@@ -25,6 +25,7 @@ use crate::store::error::{Fault, StoreError};
 use crate::store::transaction::{Purpose, Transaction};
 use crate::store::{self, Store, locks};
 use crate::telemetry;
+use matching::Evidence;
 
 pub mod caller_key;
 mod matching;
@@ -227,18 +228,25 @@ impl From<StoreError> for Failed {
 
 async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec<Recorded>, StoreError> {
     let keys: Vec<_> = pushes.iter().map(|push| &push.key).collect();
+    let told: Vec<Told> = pushes.iter().cloned().map(Told::begin).collect();
+    let told: Vec<&Told> = told.iter().collect();
+    let mut evidence = Evidence::default();
     let tx = store.reserve(Purpose::Serve).await?;
-    let (begun, closed, region, stored) = tokio::join!(
+    // What most calls need is asked along with the rest, behind the gate.
+    let (begun, closed, region, stored, looked) = tokio::join!(
         biased;
         tx.enter(),
         locks::close(&tx, site),
         store::sites::region(&tx, site),
         store::calls::lock_by_key(&tx, site, &keys),
+        evidence.look(&tx, site, &told),
     );
     begun?;
     closed?;
     let region = region?;
-    let mut calls: HashMap<_, Call> = stored?.into_iter().map(|call| (call.key.clone(), call)).collect();
+    let stored = stored?;
+    looked?;
+    let mut calls: HashMap<_, Call> = stored.into_iter().map(|call| (call.key.clone(), call)).collect();
     let mut changed = Vec::new();
     let mut effects = Vec::with_capacity(pushes.len());
     for push in pushes {
@@ -259,8 +267,8 @@ async fn record_once(store: &Store, site: SiteId, pushes: &[Push]) -> Result<Vec
     }
     let mut all: Vec<Call> = calls.into_values().collect();
     all.sort_by_key(|call| call.id);
-    let written = matching::settle(&tx, site, region.as_deref(), all, &changed).await?;
-    tx.commit().await?;
+    let settled = matching::settle(&tx, site, region.as_deref(), all, &changed, evidence).await?;
+    let written = settled.commit(tx).await?;
 
     let written: HashMap<_, &Call> = written.iter().map(|call| (&call.key, call)).collect();
     let result = |(push, effect): (&Push, Effect)| {
@@ -292,9 +300,9 @@ async fn settle_some(store: &Store, site: SiteId) -> Result<bool, StoreError> {
     }
     let region = store::sites::region(&tx, site).await?;
     let calls = store::calls::lock(&tx, site, &noted).await?;
-    matching::settle(&tx, site, region.as_deref(), calls, &[]).await?;
+    let settled = matching::settle(&tx, site, region.as_deref(), calls, &[], Evidence::default()).await?;
     store::rematches::forget(&tx, site, &noted).await?;
-    tx.commit().await?;
+    settled.commit(tx).await?;
     metrics::counter!(telemetry::CALLS_REMATCHED_TOTAL).increment(noted.len() as u64);
     Ok(noted.len() == SETTLE_CHUNK)
 }
@@ -336,12 +344,13 @@ async fn review_once(
     };
     if call.is_open() {
         let region = store::sites::region(&tx, site).await?;
-        if let Some(matched) = matching::settle(&tx, site, region.as_deref(), vec![call.clone()], &[]).await?.pop() {
-            call = matched;
-        }
+        let evidence = Evidence::default();
+        let settled = matching::settle(&tx, site, region.as_deref(), vec![call.clone()], &[], evidence).await?;
         store::rematches::forget(&tx, site, &[id]).await?;
+        call = settled.commit(tx).await?.pop().unwrap_or(call);
+    } else {
+        tx.commit().await?;
     }
-    tx.commit().await?;
     Ok(Some(call))
 }
 

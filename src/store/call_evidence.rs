@@ -15,7 +15,6 @@ use crate::domain::attribution::Attribution;
 use crate::domain::id::{EventId, SessionId, SessionKey, SiteId};
 use crate::domain::matching::{self, Activity};
 use crate::domain::month::Month;
-use crate::domain::recorded::Call;
 use crate::domain::signal::SignalSet;
 
 /// Most conversions of one window that are looked at, the latest of them. A site has a few; more is a flood.
@@ -44,17 +43,21 @@ crate::statement!(
 );
 
 crate::statement!(
-    /// For each asked window: its conversions, at most the latest $6. Which of them are clicks on the number is the domain's question.
+    /// For each asked window: its conversions, at most the latest $6. Which of them are clicks on the number is the domain's question. Month by
+    /// month, so that the index is entered where the window begins: with the month left open it is read from the month's beginning.
     CONVERSIONS_IN_WINDOWS,
     Months::Between(2, 3),
-    [UUID, DATE, DATE, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8],
+    [UUID, DATE, DATE, TIMESTAMPTZ_ARRAY, TIMESTAMPTZ_ARRAY, INT8, DATE_ARRAY, DATE_ARRAY],
     "SELECT asked.place, click.session_month, click.session_id, click.id, click.occurred_at, click.event_action, click.event_label \
-     FROM unnest($4, $5) WITH ORDINALITY AS asked (since, until, place) \
+     FROM unnest($4, $5, $7, $8) WITH ORDINALITY AS asked (since, until, first, last, place) \
      CROSS JOIN LATERAL ( \
-         SELECT e.session_month, e.session_id, e.id, e.occurred_at, e.event_action, e.event_label FROM public.events e \
-         WHERE e.site_id = $1 AND e.session_month BETWEEN $2 AND $3 AND e.signals & 1 = 1 \
-           AND e.occurred_at BETWEEN asked.since AND asked.until \
-         ORDER BY e.occurred_at DESC, e.id DESC LIMIT $6) AS click"
+         SELECT of_month.* FROM generate_series(asked.first, asked.last, interval '1 month') AS near (month) \
+         CROSS JOIN LATERAL ( \
+             SELECT e.session_month, e.session_id, e.id, e.occurred_at, e.event_action, e.event_label FROM public.events e \
+             WHERE e.site_id = $1 AND e.session_month = near.month::date AND e.session_month BETWEEN $2 AND $3 AND e.signals & 1 = 1 \
+               AND e.occurred_at BETWEEN asked.since AND asked.until \
+             ORDER BY e.occurred_at DESC, e.id DESC LIMIT $6) AS of_month \
+         ORDER BY of_month.occurred_at DESC, of_month.id DESC LIMIT $6) AS click"
 );
 
 crate::statement!(
@@ -92,9 +95,9 @@ crate::statement!(
 
 type Unreadable = Box<dyn std::error::Error + Send + Sync>;
 
-/// The months that the windows can touch.
-fn months(calls: &[DateTime<Utc>]) -> Option<(NaiveDate, NaiveDate)> {
-    let spans = calls.iter().map(|started_at| matching::months_of_window(*started_at));
+/// The months that the windows can touch of calls that began then.
+fn months(times: impl Iterator<Item = DateTime<Utc>> + Clone) -> Option<(NaiveDate, NaiveDate)> {
+    let spans = times.map(matching::months_of_window);
     let (from, to) = (spans.clone().map(|span| span.0).min()?, spans.map(|span| span.1).max()?);
     Some((from.first_day(), to.first_day()))
 }
@@ -112,17 +115,16 @@ fn session_of(row: &Row, site: SiteId) -> Result<SessionKey, Unreadable> {
     })
 }
 
-/// For each call that brought a fingerprint: the latest event in its window of each session with that fingerprint.
-pub async fn activity(tx: &Transaction<'_>, site: SiteId, calls: &[&Call]) -> Result<Vec<Vec<Activity>>, StoreError> {
+/// For each fingerprint of a call that began then: the latest event in its window of each session with that fingerprint.
+pub async fn activity(
+    tx: &Transaction<'_>,
+    site: SiteId,
+    calls: &[(&str, DateTime<Utc>)],
+) -> Result<Vec<Vec<Activity>>, StoreError> {
     let mut found: Vec<Vec<Activity>> = vec![Vec::new(); calls.len()];
-    let asked: Vec<(usize, &str, DateTime<Utc>)> = calls
-        .iter()
-        .enumerate()
-        .filter_map(|(place, call)| Some((place, call.told.fingerprint.as_deref()?, call.told.started_at)))
-        .collect();
-    let Some((from, to)) = months(&asked.iter().map(|(.., at)| *at).collect::<Vec<_>>()) else { return Ok(found) };
-    let fingerprints: Vec<&str> = asked.iter().map(|(_, fingerprint, _)| *fingerprint).collect();
-    let (since, until): (Vec<_>, Vec<_>) = asked.iter().map(|(.., at)| matching::window(*at)).unzip();
+    let Some((from, to)) = months(calls.iter().map(|(_, at)| *at)) else { return Ok(found) };
+    let fingerprints: Vec<&str> = calls.iter().map(|(fingerprint, _)| *fingerprint).collect();
+    let (since, until): (Vec<_>, Vec<_>) = calls.iter().map(|(_, at)| matching::window(*at)).unzip();
     let params: [&(dyn ToSql + Sync); 7] = [&site.as_uuid(), &from, &to, &fingerprints, &since, &until, &MOST_SESSIONS];
     let rows = tx.query(&ACTIVITY_OF_FINGERPRINTS, &params).await?;
     for row in &rows {
@@ -131,8 +133,8 @@ pub async fn activity(tx: &Transaction<'_>, site: SiteId, calls: &[&Call]) -> Re
             Ok((place(row)?, Activity { session: session_of(row, site)?, event, at: row.try_get(4)? }))
         };
         let (place, activity) = read().map_err(|error| StoreError::unreadable(ACTIVITY_OF_FINGERPRINTS.name, error))?;
-        if let Some((place, ..)) = asked.get(place) {
-            found[*place].push(activity);
+        if let Some(found) = found.get_mut(place) {
+            found.push(activity);
         }
     }
     Ok(found)
@@ -148,17 +150,19 @@ pub struct Conversion {
     pub label: Option<String>,
 }
 
-/// For each call: the conversions in its window.
+/// For each call that began then: the conversions in its window.
 pub async fn conversions(
     tx: &Transaction<'_>,
     site: SiteId,
-    calls: &[&Call],
+    times: &[DateTime<Utc>],
 ) -> Result<Vec<Vec<Conversion>>, StoreError> {
-    let mut found: Vec<Vec<Conversion>> = vec![Vec::new(); calls.len()];
-    let times: Vec<DateTime<Utc>> = calls.iter().map(|call| call.told.started_at).collect();
-    let Some((from, to)) = months(&times) else { return Ok(found) };
+    let mut found: Vec<Vec<Conversion>> = vec![Vec::new(); times.len()];
+    let Some((from, to)) = months(times.iter().copied()) else { return Ok(found) };
     let (since, until): (Vec<_>, Vec<_>) = times.iter().map(|at| matching::window(*at)).unzip();
-    let params: [&(dyn ToSql + Sync); 6] = [&site.as_uuid(), &from, &to, &since, &until, &MOST_CONVERSIONS];
+    let (first, last): (Vec<NaiveDate>, Vec<NaiveDate>) =
+        times.iter().map(|at| matching::months_of_window(*at)).map(|(a, b)| (a.first_day(), b.first_day())).unzip();
+    let params: [&(dyn ToSql + Sync); 8] =
+        [&site.as_uuid(), &from, &to, &since, &until, &MOST_CONVERSIONS, &first, &last];
     let rows = tx.query(&CONVERSIONS_IN_WINDOWS, &params).await?;
     for row in &rows {
         let read = || -> Result<(usize, Conversion), Unreadable> {

@@ -21,6 +21,7 @@ use crate::domain::id::{CallId, SessionId, SessionKey, SiteId};
 use crate::domain::matching::{Candidate, Match, Noted};
 use crate::domain::month::Month;
 use crate::domain::recorded::{Call, Found, Review, Sale};
+use crate::domain::session::Session;
 use crate::domain::signal::SignalSet;
 
 pub(super) const COLUMNS: &str = "c.id, c.site_id, c.provider, c.provider_call_id, c.channel, c.direction, c.dialled_number, c.caller_hmac, \
@@ -314,6 +315,19 @@ pub async fn write(tx: &Transaction<'_>, site: SiteId, calls: &[Call]) -> Result
         )
         .await?;
     read_all(&rows, WRITE_CALLS.name)
+}
+
+/// The same together with what calls raise in these sessions, as the last of a transaction, which is committed along with it. There may be none of
+/// either.
+pub async fn write_and_commit(
+    tx: Transaction<'_>,
+    site: SiteId,
+    calls: &[Call],
+    raised: &[Session],
+) -> Result<Vec<Call>, StoreError> {
+    let raise = super::sessions::set_call_signals(&tx, site, raised);
+    let (_, written) = tx.finish(raise, write(&tx, site, calls)).await?;
+    Ok(written)
 }
 
 /// Writes a judgement; the call as it is then, or nothing if there is none that the transaction's role may judge.

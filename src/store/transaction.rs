@@ -8,9 +8,9 @@
 use std::borrow::Cow;
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
 use std::time::Instant;
 
+use futures::future::maybe_done;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
@@ -232,30 +232,44 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// Runs a last statement and commits, without waiting in between. If the statement fails, PostgreSQL commits nothing. Whoever drops this
-    /// while it waits knows as little of what became of it as whoever drops a commit.
+    /// Runs a last statement and commits, see [`Transaction::finish`].
     pub(super) async fn query_and_commit(
         self,
         statement: &'static Statement,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<(), StoreError> {
-        {
-            let mut last = pin!(self.query(statement, params));
-            // It is sent, or has failed, before it is waited for. What could not be sent must not be missing in what is committed.
-            match futures::poll!(last.as_mut()) {
-                Poll::Ready(done) => {
-                    done?;
-                    self.simple("commit", "COMMIT").await?;
-                }
-                Poll::Pending => {
-                    let (done, committed) = tokio::join!(biased; last, self.simple("commit", "COMMIT"));
-                    done?;
-                    committed?;
-                }
-            }
-        }
-        self.connection.set_in_transaction(false);
+        self.finish(self.query(statement, params), std::future::ready(Ok(()))).await?;
         Ok(())
+    }
+
+    /// Runs the last two steps and commits, without waiting in between. A step sends one statement or none. If one fails, PostgreSQL commits
+    /// nothing. Whoever drops this while it waits knows as little of what became of it as whoever drops a commit; afterwards there is nothing
+    /// that could be done in this transaction.
+    pub(super) async fn finish<A, B>(
+        &self,
+        first: impl Future<Output = Result<A, StoreError>>,
+        second: impl Future<Output = Result<B, StoreError>>,
+    ) -> Result<(A, B), StoreError> {
+        let (mut first, mut second) = (pin!(maybe_done(first)), pin!(maybe_done(second)));
+        // Each is sent, or has failed, before the next one is: what could not be sent must not be missing in what is committed.
+        let _ = futures::poll!(first.as_mut());
+        if first.as_mut().output_mut().is_none_or(|done| done.is_ok()) {
+            let _ = futures::poll!(second.as_mut());
+        }
+        let failed = first.as_mut().output_mut().is_some_and(|done| done.is_err())
+            || second.as_mut().output_mut().is_some_and(|done| done.is_err());
+        let committed = match failed {
+            true => Ok(()),
+            false => tokio::join!(biased; first.as_mut(), second.as_mut(), self.simple("commit", "COMMIT")).2,
+        };
+        let done = match (first.as_mut().take_output(), second.as_mut().take_output()) {
+            (Some(first), Some(second)) => (first?, second?),
+            (Some(Err(failed)), _) | (_, Some(Err(failed))) => return Err(failed),
+            (None, _) | (_, None) => return Err(StoreError::unreadable("commit", "a step has not ended")),
+        };
+        committed?;
+        self.connection.set_in_transaction(false);
+        Ok(done)
     }
 
     /// Gives everything back.

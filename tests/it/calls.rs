@@ -287,6 +287,56 @@ async fn a_call_at_months_end_finds_the_visit_that_began_the_month_before() {
     assert_eq!(key.month.to_string(), "2026-03-01");
 }
 
+/// What is written last is committed along with it, without a look at its answer: still it is all or nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_call_that_cannot_be_written_leaves_nothing_in_its_visit_and_the_next_one_is_recorded() {
+    let stage = Stage::set().await;
+    stage.events(stage.site, &[Spec::new(1, "A", after(-60)).clicks(BUSINESS)]).await;
+    let untouched = stage.session("A").await;
+    let in_the_way = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
+         $$BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'check_violation'; END$$; \
+         CREATE TRIGGER refuse BEFORE INSERT ON calls FOR EACH ROW EXECUTE FUNCTION refuse()";
+    stage.database.admin.batch_execute(in_the_way).await.expect("a trigger");
+    for n in 0..6 {
+        let pushes = [push(stage.site, call(&format!("c{n}"), noon()))];
+        let refused = stage.calls.record(stage.site, &pushes).await;
+        assert!(matches!(refused, Err(calls::Failed::Refused(_))), "{refused:?}");
+    }
+    assert_eq!(stage.session("A").await, untouched);
+    stage.database.admin.batch_execute("DROP FUNCTION refuse CASCADE").await.expect("it is gone");
+    let recorded = stage.push(call("c", noon())).await.call;
+    assert_eq!(credited(&recorded).map(|id| id.to_string()), stage.id("A"));
+    assert_ne!(stage.session("A").await, untouched);
+    assert_eq!(stage.database.count("SELECT count(*) FROM calls").await, 1);
+}
+
+/// The windows of many calls are looked through at once, each in its own months.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn calls_of_two_months_recorded_together_each_find_the_click_of_their_own_window() {
+    let stage = Stage::set().await;
+    let midnight = at("2026-04-01T00:00:00Z");
+    let [early, late] = [midnight - TimeDelta::minutes(10), midnight + TimeDelta::minutes(50)];
+    let clicks = [
+        Spec::new(1, "A", early).clicks(BUSINESS),
+        // Of a visit that began in the month before, and one of the month itself.
+        Spec::new(2, "B", late - TimeDelta::minutes(3)).hint("2026-03-01").clicks(BUSINESS),
+        Spec::new(3, "C", late).clicks(BUSINESS),
+        Spec::new(4, "D", noon()).clicks(BUSINESS),
+    ];
+    stage.events(stage.site, &clicks).await;
+    let times = [("first", early), ("before", late - TimeDelta::minutes(2)), ("second", late), ("third", noon())];
+    let calls = times.map(|(name, at)| call(name, at + TimeDelta::seconds(20))).to_vec();
+    let recorded = stage.record(calls).await;
+    let found: Vec<_> = recorded.iter().map(|one| credited(&one.call).map(|id| id.to_string())).collect();
+    assert_eq!(found, ["A", "B", "C", "D"].map(|name| stage.id(name)));
+    assert_eq!(
+        recorded[1].call.credited().map(|credit| credit.session.month.to_string()),
+        Some("2026-03-01".to_owned())
+    );
+    let counts: Vec<usize> = recorded.iter().map(|one| one.call.found.decision.candidates.len()).collect();
+    assert_eq!(counts, [1, 2, 2, 1], "{recorded:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_fingerprint_that_many_share_is_looked_up_whole_for_each_of_many_calls() {
     let stage = Stage::set().await;
