@@ -59,8 +59,10 @@ const SETTINGS: [(&str, &str); 11] = [
 ];
 
 /// For data that is kept. PostgreSQL's own defaults (128MB and 1GB) are for the smallest machine it runs on: the pages of a month that is being written
-/// should stay in memory, and not be logged whole time and again because a checkpoint was forced. Memory is taken as it is needed.
-const DURABLE: [(&str, &str); 2] = [("shared_buffers", "512MB"), ("max_wal_size", "2GB")];
+/// should stay in memory, and not be logged whole time and again because a checkpoint was forced. Memory is taken as it is needed. A segment of the log
+/// that is not needed any more is written over; of less than `min_wal_size` none is removed, and a new one has to be filled with zeros while whoever
+/// commits waits.
+const DURABLE: [(&str, &str); 3] = [("shared_buffers", "512MB"), ("max_wal_size", "2GB"), ("min_wal_size", "1GB")];
 
 /// For data that may be lost with the machine, as a test's may; there are many such clusters, and they are small.
 const NOT_DURABLE: [(&str, &str); 5] = [

@@ -116,7 +116,7 @@ pub struct Bench {
 impl Bench {
     pub async fn raise(progress: Progress, short: bool, settings: Vec<(String, String)>) -> anyhow::Result<Self> {
         Ok(Self {
-            ground: Ground::raise(progress, settings).await?,
+            ground: Ground::raise(progress, settings, short).await?,
             short,
             sync_rate: None,
             past: Arc::new(Past::of(short)),
