@@ -14,24 +14,17 @@ use crate::domain::month::Month;
 use crate::domain::session::Session;
 
 crate::statement!(
-    /// A page after the place ($4, $5): first what shares its score, then what has less. Each part is one walk along the index, wherever
-    /// the place is; a condition with OR would read all ties again for every page.
+    /// A page after the place ($4, $5). For each page the site's sessions of the month are read and the first of them kept: an index by score would have
+    /// to be written with most events, and cost all of them more than it spares this list.
     TOP_SESSIONS,
     Months::In(&[2]),
     [UUID, DATE, INT4, INT4, UUID, INT8],
-    {
-        let columns = sessions::COLUMN_NAMES.join(", ");
-        // The index is partial, `WHERE lead_score >= 0`: PostgreSQL uses it only if the query says so, too.
-        let of_month =
-            "FROM public.sessions WHERE site_id = $1 AND created_month = $2 AND lead_score >= $3 AND lead_score >= 0";
-        format!(
-            "SELECT * FROM ( \
-                 (SELECT {columns} {of_month} AND lead_score = $4 AND id > $5 ORDER BY id LIMIT $6) \
-                 UNION ALL \
-                 (SELECT {columns} {of_month} AND lead_score < $4 ORDER BY lead_score DESC, id LIMIT $6) \
-             ) AS top ORDER BY lead_score DESC, id LIMIT $6"
-        )
-    }
+    format!(
+        "SELECT {} FROM public.sessions \
+         WHERE site_id = $1 AND created_month = $2 AND lead_score >= $3 AND (lead_score < $4 OR lead_score = $4 AND id > $5) \
+         ORDER BY lead_score DESC, id LIMIT $6",
+        sessions::COLUMN_NAMES.join(", "),
+    )
 );
 
 crate::statement!(

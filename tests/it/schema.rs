@@ -211,3 +211,20 @@ async fn a_table_of_somebody_else_does_not_become_a_month() {
         database.admin.batch_execute("INSERT INTO sites (public_id, name, domain) VALUES ('a', E'a\\nb', 'a.example')");
     assert!(judged.await.is_err(), "a name of two lines");
 }
+
+/// Where an indexed column changes, the new row is entered into every index of its table.
+#[tokio::test]
+async fn no_index_holds_what_the_events_of_a_session_change() {
+    let database = database().await;
+    let indexed = database
+        .rows(
+            "SELECT DISTINCT a.attname FROM pg_index i \
+             JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid AND d.refobjid = i.indrelid AND d.refobjsubid > 0 \
+             JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = d.refobjsubid \
+             WHERE i.indrelid = 'sessions'::regclass AND NOT i.indisprimary ORDER BY 1",
+        )
+        .await;
+    let indexed: Vec<&str> = indexed.iter().filter_map(|row| row["attname"].as_str()).collect();
+    // The time of the first event, who it was, and what brought them: mostly told by the first event, and by no later one.
+    assert_eq!(indexed, ["attribution", "created_at", "fingerprint", "id", "site_id"]);
+}
