@@ -109,13 +109,26 @@ impl Ground {
 
     /// A new database with nothing in it but the sites.
     pub async fn database(&self) -> anyhow::Result<Database> {
+        self.clone_of(TEMPLATE, "").await
+    }
+
+    /// A new database with all that is in this one, whose servers are gone. From 15 on it would go through the log, unless told otherwise; before,
+    /// there was no other way than by files.
+    pub async fn copy(&self, database: &Database) -> anyhow::Result<Database> {
+        let admin = connect(&self.cluster.url("postgres")).await?;
+        let version = "SELECT current_setting('server_version_num')::int";
+        let has_strategies = admin.query_one(version, &[]).await?.get::<_, i32>(0) >= 150_000;
+        self.clone_of(&database.name, if has_strategies { "STRATEGY FILE_COPY" } else { "" }).await
+    }
+
+    async fn clone_of(&self, template: &str, how: &str) -> anyhow::Result<Database> {
         let name = format!("bench_{}", self.next.fetch_add(1, Ordering::Relaxed));
         let admin = connect(&self.cluster.url("postgres")).await?;
         let mut tries = 0;
         // Whoever made the template may take a moment to leave it.
-        while let Err(error) = admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await {
+        while let Err(error) = admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {template} {how}")).await {
             tries += 1;
-            ensure!(tries < 100, "cannot clone the template: {error:?}");
+            ensure!(tries < 100, "cannot clone {template}: {error:?}");
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
         Ok(Database { url: self.cluster.url(&name), name })
