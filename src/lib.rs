@@ -35,6 +35,7 @@ pub mod http;
 pub mod keeper;
 pub mod pipeline;
 pub mod queue;
+mod seats;
 pub mod secret;
 pub mod server;
 pub mod store;

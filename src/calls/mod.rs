@@ -10,10 +10,9 @@
 //! [`sweep`] settles.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::call::{ReviewStatus, Told};
@@ -21,6 +20,7 @@ use crate::domain::id::{CallId, SiteId, UserId};
 use crate::domain::outcome::Unavailable;
 use crate::domain::push::Push;
 use crate::domain::recorded::{Call, Sale};
+use crate::seats::Seats;
 use crate::store::error::{Fault, StoreError};
 use crate::store::transaction::{Purpose, Transaction};
 use crate::store::{self, Store, locks};
@@ -48,28 +48,11 @@ const SEATS: usize = 3;
 /// Nobody waits longer for a seat.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Records and judges calls. Clones share the seats.
+/// Records and judges calls. Clones share the seats: the calls of a site are worked on by one at a time.
 #[derive(Clone)]
 pub struct Calls {
     store: Store,
-    seats: Arc<Semaphore>,
-    /// Of each site that somebody works on: its calls are worked on by one at a time, so that a flood of them takes one seat and not all.
-    queues: Arc<Mutex<HashMap<SiteId, Arc<Semaphore>>>>,
-}
-
-/// Leave to work on the calls of a site.
-struct Seat<'c> {
-    calls: &'c Calls,
-    site: SiteId,
-    turn: Option<OwnedSemaphorePermit>,
-    _seat: SemaphorePermit<'c>,
-}
-
-impl Drop for Seat<'_> {
-    fn drop(&mut self) {
-        drop(self.turn.take());
-        self.calls.forget(self.site);
-    }
+    seats: Arc<Seats>,
 }
 
 /// What a push did.
@@ -124,34 +107,25 @@ impl Decision {
 
 impl Calls {
     pub fn new(store: Store) -> Self {
-        Self { store, seats: Arc::new(Semaphore::new(SEATS)), queues: Arc::default() }
+        Self { store, seats: Arc::new(Seats::new(SEATS, PATIENCE)) }
     }
 
-    /// The site's turn first, then a seat: whoever waits for others of the same site keeps nobody else from working.
-    async fn seat(&self, site: SiteId) -> Result<Seat<'_>, Failed> {
-        let wait = async {
-            let queue = self.queues().entry(site).or_insert_with(|| Arc::new(Semaphore::new(1))).clone();
-            let turn = queue.acquire_owned().await.ok();
-            Some((turn?, self.seats.acquire().await.ok()?))
-        };
-        match tokio::time::timeout(PATIENCE, wait).await {
-            Ok(Some((turn, seat))) => Ok(Seat { calls: self, site, turn: Some(turn), _seat: seat }),
-            Ok(None) | Err(_) => {
-                self.forget(site);
-                Err(Failed::Unavailable(Unavailable::Busy))
+    /// Runs a transaction in a seat, again while only others were in its way. Between the tries the seat is free: who waits for a call that somebody
+    /// has locked keeps nobody from the site's other calls.
+    async fn seated<T, F: Future<Output = Result<T, StoreError>>>(
+        &self,
+        site: SiteId,
+        run: impl Fn() -> F,
+    ) -> Result<T, Failed> {
+        let mut tries = Tries::within(ROW_PATIENCE);
+        loop {
+            let seat = self.seats.take(site).await.ok_or(Failed::Unavailable(Unavailable::Busy))?;
+            let ended = run().await;
+            drop(seat);
+            match ended {
+                Err(error) if tries.another(&error).await => {}
+                ended => return Ok(ended?),
             }
-        }
-    }
-
-    fn queues(&self) -> std::sync::MutexGuard<'_, HashMap<SiteId, Arc<Semaphore>>> {
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Drops the queue of a site that nobody works on or waits for.
-    fn forget(&self, site: SiteId) {
-        let mut queues = self.queues();
-        if queues.get(&site).is_some_and(|queue| Arc::strong_count(queue) == 1 && queue.available_permits() == 1) {
-            queues.remove(&site);
         }
     }
 
@@ -160,8 +134,7 @@ impl Calls {
     /// the same few partitions, so whoever has many keeps months apart.
     pub async fn record(&self, site: SiteId, pushes: &[Push]) -> Result<Vec<Recorded>, Failed> {
         debug_assert!(pushes.len() <= CHUNK, "the gate of the site is closed meanwhile");
-        let _seat = self.seat(site).await?;
-        let recorded = patiently(ROW_PATIENCE, || record_once(&self.store, site, pushes)).await?;
+        let recorded = self.seated(site, || record_once(&self.store, site, pushes)).await?;
         for one in &recorded {
             let (effect, method) = (one.effect.name(), one.call.found.decision.method.name());
             metrics::counter!(telemetry::CALL_PUSHES_TOTAL, "effect" => effect, "method" => method).increment(1);
@@ -177,8 +150,7 @@ impl Calls {
         decision: &Decision,
         signature: &str,
     ) -> Result<Option<Call>, Failed> {
-        let _seat = self.seat(site).await?;
-        Ok(patiently(ROW_PATIENCE, || review_once(&self.store, site, id, decision, signature)).await?)
+        self.seated(site, || review_once(&self.store, site, id, decision, signature)).await
     }
 
     /// Judges a call as a person: the policies of the database decide whether they may. Nothing if there is no such call that they may
@@ -191,9 +163,7 @@ impl Calls {
         decision: &Decision,
         signature: &str,
     ) -> Result<Option<Call>, Failed> {
-        let _seat = self.seat(site).await?;
-        let judged =
-            patiently(ROW_PATIENCE, || review_as_once(&self.store, user, site, id, decision, signature)).await?;
+        let judged = self.seated(site, || review_as_once(&self.store, user, site, id, decision, signature)).await?;
         if let (Some(_), Decision::Reopen) = (&judged, decision) {
             // The database has noted it; what fails here is done by the sweep.
             if let Err(error) = settle(&self.store, site, None).await {
@@ -383,15 +353,33 @@ async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(
     patience: Duration,
     run: impl Fn() -> F,
 ) -> Result<T, StoreError> {
-    let late = Instant::now() + patience;
-    let mut tries: u64 = 0;
+    let mut tries = Tries::within(patience);
     loop {
         match run().await {
-            Err(error) if error.fault == Fault::Conflict && Instant::now() < late => {
-                tries += 1;
-                tokio::time::sleep(Duration::from_millis(rand::random_range(1..=10) * tries.min(10))).await;
-            }
+            Err(error) if tries.another(&error).await => {}
             ended => return ended,
         }
+    }
+}
+
+/// How often something is tried.
+struct Tries {
+    until: Instant,
+    failed: u32,
+}
+
+impl Tries {
+    fn within(patience: Duration) -> Self {
+        Self { until: Instant::now() + patience, failed: 0 }
+    }
+
+    /// Whether to try once more, which then is due.
+    async fn another(&mut self, error: &StoreError) -> bool {
+        let again = error.fault == Fault::Conflict && Instant::now() < self.until;
+        if again {
+            self.failed += 1;
+            tokio::time::sleep(Duration::from_millis(rand::random_range(1..=10)) * self.failed.min(10)).await;
+        }
+        again
     }
 }

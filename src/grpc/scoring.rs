@@ -3,6 +3,8 @@
 //! `ScoreSignals` is pure. What reads a site does so in one transaction under the policies of its caller, so that the parts of an answer
 //! agree, and by partition key: a session cannot be asked for without its month.
 
+use std::time::Duration;
+
 use tonic::{Request, Response, Status};
 
 use super::proto::scoring_service_server::ScoringService;
@@ -17,6 +19,7 @@ use crate::domain::month::Month;
 use crate::domain::outcome::Unavailable;
 use crate::domain::signal::MAX_SCORE;
 use crate::domain::text::clean_some;
+use crate::seats::Seats;
 use crate::store::error::StoreError;
 use crate::store::scoring::{self as reads, Place};
 use crate::store::sessions;
@@ -28,13 +31,19 @@ mod raised;
 /// Longest session id of a request, bytes.
 const MAX_SESSION_ID: usize = 128;
 
+/// A page of the best sessions costs the database a walk through all sessions of the month: so many at once, and of a site one after the other ...
+const LISTINGS: usize = 2;
+/// ... for which nobody waits longer.
+const LISTING_PATIENCE: Duration = Duration::from_secs(5);
+
 pub(super) struct Scoring {
     state: GrpcState,
+    listings: Seats,
 }
 
 impl Scoring {
     pub(super) fn new(state: GrpcState) -> Self {
-        Self { state }
+        Self { state, listings: Seats::new(LISTINGS, LISTING_PATIENCE) }
     }
 }
 
@@ -81,6 +90,7 @@ impl ScoringService for Scoring {
         let pages = page::Pages::of("ListTopSessions", &(site.id, month, min_score));
         let after = pages.open(&request.page_token).map_err(|wrong| bad_request(vec![wrong]))?;
 
+        let _seat = self.listings.take(site.id).await.ok_or_else(|| unavailable(Unavailable::Busy))?;
         let tx = self.state.store.begin(Purpose::Read(access::reader(&caller, site.id))).await.map_err(unread)?;
         // One more than the page holds tells whether there is another.
         let limit = i64::from(size) + 1;

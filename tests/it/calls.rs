@@ -352,7 +352,7 @@ async fn a_fingerprint_that_many_share_is_looked_up_whole_for_each_of_many_calls
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_site_whose_calls_wait_keeps_no_other_sites_calls_waiting() {
+async fn a_locked_call_keeps_neither_its_sites_other_calls_waiting_nor_another_sites() {
     let mut stage = Stage::set().await;
     stage.push(call("held", noon())).await;
     let holder = stage.database.admin.transaction().await.expect("a transaction");
@@ -367,6 +367,9 @@ async fn a_site_whose_calls_wait_keeps_no_other_sites_calls_waiting() {
     let began = std::time::Instant::now();
     let elsewhere = stage.calls.record(stage.other, &[push(stage.other, call("free", noon()))]).await;
     assert!(elsewhere.is_ok() && began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    let began = std::time::Instant::now();
+    let beside = stage.calls.record(stage.site, &[push(stage.site, call("beside", noon()))]).await;
+    assert!(beside.is_ok() && began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     holder.rollback().await.expect("let go");
     for waiting in flood {
         drop(waiting.await.expect("no panic"));

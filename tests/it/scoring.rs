@@ -1,6 +1,7 @@
 //! What a session is worth and why, and the best sessions of a month: read over the internal door, as a tenant.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use opsmantik::domain::access::Scope;
@@ -8,11 +9,12 @@ use opsmantik::domain::client::TruncatedIp;
 use opsmantik::domain::event::{Arrival, Draft, Event};
 use opsmantik::domain::id::SiteId;
 use opsmantik::domain::outcome::Outcome;
+use opsmantik::grpc::proto::calls_service_client::CallsServiceClient;
 use opsmantik::grpc::proto::scoring_service_client::ScoringServiceClient;
 use opsmantik::grpc::proto::signal_evidence::Cause;
 use opsmantik::grpc::proto::{
     Attribution, AttributionEvidence, ClickId, ClickIdKind, ClickIdOrigin, GetSessionScoreRequest,
-    GetSessionScoreResponse, ListTopSessionsRequest, ListTopSessionsResponse, SessionKey, Signal,
+    GetSessionScoreResponse, ListCallsRequest, ListTopSessionsRequest, ListTopSessionsResponse, SessionKey, Signal,
 };
 use opsmantik::keeper::Nudge;
 use opsmantik::pipeline::{Pipeline, PipelineConfig};
@@ -22,7 +24,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 use uuid::Uuid;
 
-use crate::support::database::{Database, bearer, database};
+use crate::support::database::{Database, bearer, connect, database};
 use crate::support::events::{NAMES, at};
 use crate::support::process::Server;
 
@@ -419,6 +421,39 @@ async fn pages_hold_still_while_sessions_are_added() {
     assert_eq!(empty.expect("a month without sessions"), ListTopSessionsResponse::default());
     let denied = rig.top(ListTopSessionsRequest { site: "neighbour".to_owned(), ..list("") }).await;
     assert_eq!(denied.expect_err("not theirs").code(), Code::PermissionDenied);
+}
+
+/// Their statements wait here; else each would walk through a month.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_listings_of_one_site_leaves_others_their_connections() {
+    let rig = Rig::start().await;
+    let holder = connect(&rig.database.url).await;
+    holder.batch_execute("BEGIN; LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE").await.expect("locked");
+    let list = ListTopSessionsRequest {
+        site: "shop".to_owned(),
+        session_month: MONTH.to_owned(),
+        ..ListTopSessionsRequest::default()
+    };
+    let flood: Vec<_> = (0..40)
+        .map(|_| {
+            let mut client = ScoringServiceClient::with_interceptor(rig.channel.clone(), bearer(&rig.token));
+            let list = list.clone();
+            tokio::spawn(async move { client.list_top_sessions(list).await.map(drop) })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let token = rig.database.token(&[Scope::CallsRead], Some(rig.neighbour)).await;
+    let mut calls = CallsServiceClient::with_interceptor(rig.channel.clone(), bearer(&token));
+    let began = Instant::now();
+    let asked = ListCallsRequest { site: "neighbour".to_owned(), ..ListCallsRequest::default() };
+    let answer = calls.list_calls(asked).await;
+    assert!(answer.is_ok() && began.elapsed() < Duration::from_secs(2), "{answer:?} after {:?}", began.elapsed());
+    for listing in flood {
+        let status = listing.await.expect("no panic").expect_err("the table is locked");
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    }
+    holder.batch_execute("ROLLBACK").await.expect("let go");
+    rig.top(list).await.expect("nobody is in the way");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
