@@ -264,6 +264,12 @@ async fn a_flood_of_unknown_tokens_takes_neither_all_connections_nor_the_place_o
     let gate = Gate::new(database.store.clone());
     let known = database.token(&[Scope::CallsRead], None).await;
     assert!(admitted(&gate, &known).await);
+    // That it was used is noted behind its back, and would wait for the lock as well.
+    let began = Instant::now();
+    while database.count("SELECT count(*) FROM api_tokens WHERE last_used_at IS NULL").await > 0 {
+        assert!(began.elapsed() < Duration::from_secs(10), "its use is noted");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     // Every look-up of a token now waits, until its limit.
     let mut locker = crate::support::database::connect(&database.url).await;
     let lock = locker.transaction().await.expect("a transaction");
