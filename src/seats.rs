@@ -18,12 +18,12 @@ pub(crate) struct Seats {
     patience: Duration,
 }
 
-/// Leave to work on one site.
+/// Leave to work on one site, or to wait for that.
 pub(crate) struct Seat<'s> {
     seats: &'s Seats,
     site: SiteId,
     turn: Option<OwnedSemaphorePermit>,
-    _seat: SemaphorePermit<'s>,
+    seat: Option<SemaphorePermit<'s>>,
 }
 
 impl Drop for Seat<'_> {
@@ -40,18 +40,15 @@ impl Seats {
 
     /// The site's turn first, then a seat: whoever waits for others of the same site keeps nobody else from working. None if that takes too long.
     pub async fn take(&self, site: SiteId) -> Option<Seat<'_>> {
+        // Whoever gives up while they wait leaves as well.
+        let mut leave = Seat { seats: self, site, turn: None, seat: None };
         let wait = async {
             let queue = self.queues().entry(site).or_insert_with(|| Arc::new(Semaphore::new(1))).clone();
-            let turn = queue.acquire_owned().await.ok();
-            Some((turn?, self.seats.acquire().await.ok()?))
+            leave.turn = queue.acquire_owned().await.ok();
+            leave.seat = self.seats.acquire().await.ok();
         };
-        match tokio::time::timeout(self.patience, wait).await {
-            Ok(Some((turn, seat))) => Some(Seat { seats: self, site, turn: Some(turn), _seat: seat }),
-            Ok(None) | Err(_) => {
-                self.forget(site);
-                None
-            }
-        }
+        tokio::time::timeout(self.patience, wait).await.ok()?;
+        (leave.turn.is_some() && leave.seat.is_some()).then_some(leave)
     }
 
     fn queues(&self) -> MutexGuard<'_, HashMap<SiteId, Arc<Semaphore>>> {
@@ -83,6 +80,8 @@ mod tests {
         assert!(seats.take(third).await.is_none(), "all are taken");
         drop(first);
         let first = seats.take(third).await.expect("one is free");
+        let given_up = tokio::time::timeout(Duration::from_millis(1), seats.take(one)).await;
+        assert!(given_up.is_err(), "all are taken");
         drop((first, second));
         assert!(seats.queues().is_empty(), "nothing is kept of who has gone");
     }
