@@ -63,8 +63,7 @@ const DELIVERY_BYTES: usize = 8 << 20;
 /// ... from one sender, which brings many at once.
 const DELIVERIES_AWAITED: usize = 1 << 10;
 
-/// What the public listener needs.
-#[derive(Clone)]
+/// What the public listener needs; its requests share it.
 pub struct PublicState {
     pub directory: Directory,
     /// Who takes events from `/api/sync`.
@@ -101,7 +100,7 @@ pub fn public_router(state: PublicState) -> Router {
         .fallback(async || Problem::not_found())
         .layer(axum::middleware::map_response(secured))
         .layer(axum::middleware::from_fn(measured))
-        .with_state(state)
+        .with_state(Arc::new(state))
 }
 
 async fn secured(mut response: Response) -> Response {

@@ -5,6 +5,7 @@
 //! (503) and hears when to come again, so that its few retries outlast a night without a database. So a delivery waits for room a while
 //! before it is refused. What it says is read in [`delivery`](super::delivery).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
@@ -41,7 +42,7 @@ const COME_AGAIN: [Duration; 3] =
 /// What lasts longer is what the retries are for, and a delivery that waits keeps its place among the bodies and connections.
 const ROOM_WITHIN: Duration = Duration::from_secs(5);
 
-pub async fn worker(State(state): State<PublicState>, request: Request) -> Response {
+pub async fn worker(State(state): State<Arc<PublicState>>, request: Request) -> Response {
     if request.method() != Method::POST {
         return Problem::method_not_allowed("POST").into_response();
     }
