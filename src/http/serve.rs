@@ -143,6 +143,8 @@ fn builder(limits: Limits) -> auto::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_patience)
         .max_buf_size(limits.header_bytes.max(8 << 10) as usize)
+        // Who closes after their last byte has asked, and is heard: else what is not read by then would be thrown away.
+        .half_close(true)
         .keep_alive(true);
     builder
         .http2()

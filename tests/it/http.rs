@@ -392,3 +392,31 @@ async fn the_tracker_is_served_and_kept_and_nothing_else_is_here() {
     let metrics = app.client.get(format!("http://{}/metrics", app.admin)).send().await.expect("an answer");
     assert_eq!(metrics.status(), StatusCode::OK);
 }
+
+/// A click on a telephone link leaves the page, and the browser closes what it no longer needs.
+#[tokio::test]
+async fn who_hangs_up_right_after_their_last_byte_is_heard_all_the_same() {
+    let app = App::start(0).await;
+    let request = |id: u128| {
+        let body = event(id).to_string();
+        let head = format!("POST /api/sync HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: {}", body.len());
+        format!("{head}\r\n\r\n{body}")
+    };
+    for id in 1..=40 {
+        let mut socket = TcpStream::connect(app.public).await.expect("the server listens");
+        socket.write_all(request(id).as_bytes()).await.expect("the server reads");
+    }
+    for id in 41..=50 {
+        let mut socket = TcpStream::connect(app.public).await.expect("the server listens");
+        socket.write_all(request(id).as_bytes()).await.expect("the server reads");
+        socket.shutdown().await.expect("only this half");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.expect("no reset");
+        assert!(answer.starts_with("HTTP/1.1 200"), "who still listens is answered: {answer}");
+    }
+    let began = Instant::now();
+    while app.database.count("SELECT count(*) FROM events").await < 50 {
+        assert!(began.elapsed() < Duration::from_secs(10), "some are lost");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
